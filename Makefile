@@ -1,0 +1,55 @@
+# `make help` lists the targets. Everything runs in .venv, which is made on first use and brought up to date
+# whenever pyproject.toml or constraints.txt change. No target needs a terminal.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt
+READY := .venv/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types docs doctest bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name what; do \
+		printf '%-16s %s\n' "$$name" "$$what"; done
+
+demo: $(READY)  ## train a small language model with SOAP and its rivals; the report goes to demo/
+	$(BIN)/soap race --seeds 0 --out demo
+
+test: $(READY)  ## run the whole test suite
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)  ## check style and docstrings (ruff)
+	$(BIN)/ruff check .
+
+types: $(READY)  ## check types (mypy, strict on the package)
+	$(BIN)/mypy
+
+docs: $(READY)  ## build the documentation into docs/_build; a warning is an error
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
+	@echo "documentation: docs/_build/index.html"
+
+doctest: $(READY)  ## run the examples in the package's docstrings
+	$(BIN)/python -m pytest -q --doctest-modules emerging_optimizers
+
+bench: $(READY)  ## run every script in benchmarks/
+	@ls benchmarks/*.py >/dev/null 2>&1 || echo "benchmarks/ holds no script yet"
+	@for script in $(sort $(wildcard benchmarks/*.py)); do \
+		echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean:  ## delete what the targets make, except .venv
+	rm -rf build dist demo docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The build backend is installed first and the package built against it without isolation: an isolated build would
+# fetch a backend that constraints.txt does not pin.
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { command -v $(PYTHON) >/dev/null && \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; } || \
+		{ echo "emerging-optimizers needs Python 3.11 or newer; name one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing into .venv (minutes, the first time)"
+	@$(PIP) hatchling editables
+	@$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@

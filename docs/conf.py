@@ -1,0 +1,17 @@
+from importlib.metadata import version as installed_version
+
+project = "emerging-optimizers"
+author = "the emerging-optimizers contributors"
+release = version = installed_version(project)
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+exclude_patterns = ["_build"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = f"{project} {release}"
