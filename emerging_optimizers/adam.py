@@ -1,0 +1,66 @@
+"""The inner Adam update, as one function on tensors.
+
+Symbols: gradient ``G``, first moment ``M``, second moment ``V``, step ``i`` counted from 1. All tensors have one
+shape and one dtype; SOAP calls this in the eigenbasis, where ``G`` is the projected gradient, and for a tensor
+without a basis it is AdamW's own arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def adam_direction(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+    correct_bias: bool,
+    use_nesterov: bool,
+    finite: Tensor | None = None,
+) -> Tensor:
+    """Moves the two moments in place and returns the direction ``U = Mh / (sqrt(Vh) + eps)``.
+
+    Adam, arXiv 1412.6980, algorithm 1; with ``use_nesterov`` the look-ahead of Dozat 2016.
+
+    Args:
+        grad: ``G``. Must be finite; where ``finite`` is false it must be zero.
+        exp_avg: ``M``, updated in place.
+        exp_avg_sq: ``V``, updated in place.
+        step: ``i >= 1``, the number of this step.
+        betas: Decay of ``M`` and of ``V``.
+        eps: Added to the root of ``V``.
+        correct_bias: Divide the moments by ``1 - beta**i``.
+        use_nesterov: Use ``beta1 M / (1 - beta1**(i+1)) + (1 - beta1) G / (1 - beta1**i)`` for ``Mh``.
+        finite: Boolean mask that broadcasts against ``grad``. Where it is false the moments stay as they are and
+            the direction is zero. A mask, not a branch, so that a GPU need not be asked for it.
+
+    Returns:
+        The direction, a new tensor.
+    """
+    beta1, beta2 = betas
+    if finite is None:
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    else:
+        live = finite.to(grad.dtype)
+        exp_avg.lerp_(grad, live * (1 - beta1))
+        exp_avg_sq.lerp_(grad.square(), live * (1 - beta2))
+
+    correction1 = 1 - beta1**step if correct_bias else 1.0
+    correction2 = 1 - beta2**step if correct_bias else 1.0
+    denominator = (exp_avg_sq / correction2).sqrt_().add_(eps)
+    if use_nesterov:
+        next_correction1 = 1 - beta1 ** (step + 1) if correct_bias else 1.0
+        numerator = (exp_avg * (beta1 / next_correction1)).add_(grad, alpha=(1 - beta1) / correction1)
+    else:
+        numerator = exp_avg / correction1
+    direction = numerator.div_(denominator)
+    if finite is not None:
+        # With eps = 0 an untouched entry is 0 / 0, so the mask must choose rather than multiply.
+        direction = torch.where(finite, direction, 0.0)
+    return direction

@@ -1,0 +1,96 @@
+"""Three ways to decay weights, as a mixin for any ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+WEIGHT_DECAY_METHODS = ("decoupled", "independent", "l2")
+
+
+class WeightDecayMixin:
+    """Weight decay that reads ``lr``, ``weight_decay`` and ``weight_decay_method`` from a parameter group.
+
+    ========================  ==========================================  =====================================
+    ``weight_decay_method``   what happens                                 source
+    ========================  ==========================================  =====================================
+    ``"decoupled"``           ``W <- W - lr * weight_decay * W``           AdamW, arXiv 1711.05101, algorithm 2
+    ``"independent"``         ``W <- W - weight_decay * W``                the same without the learning rate
+    ``"l2"``                  ``G <- G + weight_decay * W``                gradient of the regularised loss
+    ========================  ==========================================  =====================================
+
+    An optimizer calls :meth:`validate_weight_decay` where it validates a group, :meth:`regularized_grad` before
+    it uses a gradient and :meth:`decay_weight_` before it applies an update. Each does nothing where the group's
+    method is another one, so both are called without asking which method is set.
+
+    Example:
+        >>> class SGD(WeightDecayMixin, torch.optim.Optimizer):
+        ...     def __init__(self, params, lr, weight_decay=0.1, weight_decay_method="decoupled"):
+        ...         self.validate_weight_decay(weight_decay, weight_decay_method)
+        ...         super().__init__(
+        ...             params,
+        ...             {"lr": lr, "weight_decay": weight_decay, "weight_decay_method": weight_decay_method},
+        ...         )
+        ...
+        ...     @torch.no_grad()
+        ...     def step(self):
+        ...         for group in self.param_groups:
+        ...             for p in group["params"]:
+        ...                 grad = self.regularized_grad(p.grad, p, group)
+        ...                 self.decay_weight_(p, group)
+        ...                 p.sub_(group["lr"] * grad)
+        >>> p = torch.nn.Parameter(torch.ones(1))
+        >>> p.grad = torch.zeros(1)
+        >>> SGD([p], lr=0.5).step()
+        >>> p.item()
+        0.949999988079071
+    """
+
+    @staticmethod
+    def validate_weight_decay(weight_decay: float, weight_decay_method: str) -> None:
+        """Checks the two options.
+
+        Raises:
+            TypeError: ``weight_decay`` is not a number.
+            ValueError: ``weight_decay`` is negative or not finite, or ``weight_decay_method`` is unknown.
+        """
+        if isinstance(weight_decay, bool) or not isinstance(weight_decay, int | float | Tensor):
+            raise TypeError(f"Invalid weight_decay value: {weight_decay!r} (wanted a number >= 0)")
+        if not 0 <= weight_decay < float("inf"):
+            raise ValueError(f"Invalid weight_decay value: {weight_decay} (wanted a finite number >= 0)")
+        if weight_decay_method not in WEIGHT_DECAY_METHODS:
+            raise ValueError(
+                f"Invalid weight_decay_method: {weight_decay_method!r} (wanted one of {WEIGHT_DECAY_METHODS})"
+            )
+
+    @staticmethod
+    def regularized_grad(grad: Tensor, weight: Tensor, group: dict[str, Any]) -> Tensor:
+        """The gradient that the optimizer should use: ``G + weight_decay * W`` for "l2", else ``grad`` itself.
+
+        Args:
+            grad: ``G``. Never modified.
+            weight: ``W``, of ``grad``'s shape.
+            group: The parameter group.
+        """
+        if group["weight_decay_method"] == "l2" and group["weight_decay"] != 0:
+            penalty: Tensor = group["weight_decay"] * weight
+            return grad + penalty
+        return grad
+
+    @staticmethod
+    def decay_weight_(weight: Tensor, group: dict[str, Any], finite: Tensor | None = None) -> None:
+        """Shrinks ``weight`` in place for "decoupled" and "independent"; does nothing for "l2".
+
+        Args:
+            weight: ``W``.
+            group: The parameter group; its ``lr`` may be a number or a tensor of one element.
+            finite: 0-D boolean tensor on the weight's device; where it is false the weight stays as it is.
+        """
+        if group["weight_decay_method"] == "l2" or group["weight_decay"] == 0:
+            return
+        rate = group["weight_decay"]
+        if group["weight_decay_method"] == "decoupled":
+            lr = group["lr"]
+            rate = rate * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
+        weight.mul_(1 - rate if finite is None else 1 - rate * finite.to(weight.dtype))

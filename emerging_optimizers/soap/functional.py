@@ -1,0 +1,279 @@
+"""The documented functions on one tensor and its lists of factors and bases.
+
+They are the un-batched face of the kernels in ``kronecker`` and ``refresh``, on a stack of one, with every shape
+checked. In a list, an empty tensor stands for an axis without a factor, whose basis is the identity. Import them
+from ``emerging_optimizers.soap.soap``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from emerging_optimizers.soap import kronecker
+from emerging_optimizers.soap.checks import (
+    adaptive_tolerance_of,
+    check_matches,
+    check_number,
+    check_power_iter_steps,
+    check_tensor,
+)
+from emerging_optimizers.soap.refresh import refresh_eigenbasis_and_moments
+from emerging_optimizers.soap.soap_utils import working_dtype
+
+PROJECT = [[0], [0]]
+PROJECT_BACK = [[0], [1]]
+
+
+def precondition(
+    grad: Tensor,
+    eigenbasis_list: list[Tensor] | None = None,
+    dims: list[list[int]] | None = None,
+) -> Tensor:
+    """Projects a tensor into the eigenbasis, or back out of it.
+
+    The first axis of the running tensor is contracted with each basis in turn and goes to the end, so that after N
+    bases the axes are back in order: ``Q_1^T G Q_2`` for a matrix, ``Q_1 G Q_2^T`` on the way back.
+
+    Source: SOAP, arXiv 2409.11321, algorithm 3, lines "project" and "project back".
+
+    Args:
+        grad: (d_1, .., d_N).
+        eigenbasis_list: One (d_k, d_k) basis per axis, eigenvectors as columns; an empty one leaves its axis as it
+            is. None: ``grad`` is returned.
+        dims: ``[[0], [0]]`` (default) projects in, ``[[0], [1]]`` projects back.
+
+    Returns:
+        A tensor of ``grad``'s shape, in the promoted dtype of ``grad`` and bases, at least float32.
+
+    Raises:
+        TypeError: An argument is not a (list of) floating-point tensor(s).
+        ValueError: A basis does not fit its axis, or ``dims`` is neither of the two.
+
+    Example:
+        >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> precondition(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [swap, torch.empty(0)])
+        tensor([[3., 4.],
+                [1., 2.]])
+    """
+    check_tensor("grad", grad)
+    if dims is not None and [list(d) for d in dims] not in (PROJECT, PROJECT_BACK):
+        raise ValueError(f"dims must be {PROJECT} (project) or {PROJECT_BACK} (project back), got {dims}")
+    if eigenbasis_list is None:
+        return grad
+    check_matches("eigenbasis_list", eigenbasis_list, grad.shape, "grad")
+    dtype = working_dtype([grad, *eigenbasis_list])
+    contract = kronecker.project if dims is None or list(dims[1]) == [0] else kronecker.project_back
+    return contract(_stack(grad, dtype), _stack_list(eigenbasis_list, dtype)).squeeze(0)
+
+
+def init_kronecker_factors(grad: Tensor, precondition_1d: bool = False) -> list[Tensor]:
+    """Kronecker factors of zeros for a gradient.
+
+    Source: SOAP, arXiv 2409.11321, section 4, with the factors started at zero.
+
+    Args:
+        grad: (d_1, .., d_N). Only shape, device and dtype are read.
+        precondition_1d: Whether a 1-D gradient gets a factor.
+
+    Returns:
+        One (d_k, d_k) tensor per axis on the gradient's device, float64 for a float64 gradient and float32
+        otherwise. A 1-D gradient without ``precondition_1d``: a list of one empty tensor.
+
+    Raises:
+        TypeError: ``grad`` is not a floating-point tensor.
+
+    Example:
+        >>> [tuple(factor.shape) for factor in init_kronecker_factors(torch.zeros(2, 3))]
+        [(2, 2), (3, 3)]
+    """
+    check_tensor("grad", grad)
+    dtype = working_dtype([grad])
+    if grad.dim() == 1 and not precondition_1d:
+        return [torch.empty(0, dtype=dtype, device=grad.device)]
+    return [torch.zeros(size, size, dtype=dtype, device=grad.device) for size in grad.shape]
+
+
+def update_kronecker_factors(
+    kronecker_factor_list: list[Tensor],
+    grad: Tensor,
+    shampoo_beta: float,
+    precondition_1d: bool = False,
+) -> None:
+    """``K_k <- beta K_k + (1 - beta) unfold_k(G) unfold_k(G)^T`` for every axis, in place.
+
+    Source: SOAP, arXiv 2409.11321, algorithm 3, the updates of L and R.
+
+    Args:
+        kronecker_factor_list: One (d_k, d_k) factor per axis, or an empty tensor; modified in place.
+        grad: ``G``, (d_1, .., d_N).
+        shampoo_beta: The decay, in [0, 1].
+        precondition_1d: Without it a 1-D gradient changes nothing.
+
+    Raises:
+        TypeError: An argument is not a (list of) floating-point tensor(s).
+        ValueError: A factor does not fit its axis, or ``shampoo_beta`` is out of range.
+
+    Example:
+        >>> grad = torch.tensor([[1.0, 2.0]])
+        >>> factors = init_kronecker_factors(grad)
+        >>> update_kronecker_factors(factors, grad, shampoo_beta=0.5)
+        >>> factors
+        [tensor([[2.5000]]), tensor([[0.5000, 1.0000],
+                [1.0000, 2.0000]])]
+    """
+    check_tensor("grad", grad)
+    check_matches("kronecker_factor_list", kronecker_factor_list, grad.shape, "grad")
+    check_number("shampoo_beta", shampoo_beta, 0, 1, "between 0 and 1")
+    if grad.dim() == 1 and not precondition_1d:
+        return
+    dtype = working_dtype([grad, *kronecker_factor_list])
+    working = _stack_list(kronecker_factor_list, dtype)
+    kronecker.update_factors(working, _stack(grad, dtype), shampoo_beta)
+    _write_back(kronecker_factor_list, working)
+
+
+def update_kronecker_factors_kl_shampoo(
+    kronecker_factor_list: list[Tensor],
+    grad: Tensor,
+    shampoo_beta: float,
+    eigenbasis_list: list[Tensor],
+    eps: float,
+    eigval_exp: float = -1.0,
+) -> None:
+    """KL-Shampoo's update of the factors, in place: each Gram product is whitened by the other axes' factors.
+
+    ``lam_j = max(diag(Q_j^T K_j Q_j), eps)``, ``S_j = Q_j diag(lam_j**eigval_exp) Q_j^T / d_j``, and for a matrix
+    ``K_1 <- b K_1 + (1 - b) G S_2 G^T``, ``K_2 <- b K_2 + (1 - b) G^T S_1 G``, both from the factors as they were.
+    With more axes every other axis is contracted with its own ``S_j``.
+
+    Source: KL-Shampoo, arXiv 2509.03378.
+
+    Args:
+        kronecker_factor_list: One (d_k, d_k) factor per axis, or an empty tensor; modified in place.
+        grad: ``G``, with two axes or more.
+        shampoo_beta: The decay ``b``, in [0, 1].
+        eigenbasis_list: One orthonormal basis per axis; an empty one takes part with ``S_j = I / d_j``.
+        eps: The smallest eigenvalue used, greater than 0.
+        eigval_exp: The exponent of the eigenvalues.
+
+    Raises:
+        TypeError: ``grad`` has fewer than two axes, or an argument is not a (list of) floating-point tensor(s).
+        ValueError: A factor or basis does not fit its axis, or a number is out of range.
+
+    Example:
+        >>> factors, identity = [2 * torch.eye(2), 4 * torch.eye(2)], [torch.eye(2), torch.eye(2)]
+        >>> update_kronecker_factors_kl_shampoo(factors, torch.eye(2), 0.0, identity, eps=1e-8)
+        >>> [round(factor[0, 0].item(), 6) for factor in factors]
+        [0.125, 0.25]
+    """
+    check_tensor("grad", grad)
+    if grad.dim() < 2:
+        raise TypeError(f"grad must have at least 2 axes for KL-Shampoo, got shape {tuple(grad.shape)}")
+    check_matches("kronecker_factor_list", kronecker_factor_list, grad.shape, "grad")
+    check_matches("eigenbasis_list", eigenbasis_list, grad.shape, "grad")
+    check_number("shampoo_beta", shampoo_beta, 0, 1, "between 0 and 1")
+    check_number("eps", eps, 0, float("inf"), "at least 0")
+    check_number("eigval_exp", eigval_exp, float("-inf"), float("inf"), "finite")
+    dtype = working_dtype([grad, *kronecker_factor_list])
+    working = _stack_list(kronecker_factor_list, dtype)
+    bases = _stack_list(eigenbasis_list, dtype)
+    kronecker.update_factors_kl(working, _stack(grad, dtype), shampoo_beta, bases, eps, eigval_exp)
+    _write_back(kronecker_factor_list, working)
+
+
+def update_eigenbasis_and_momentum(
+    kronecker_factor_list: list[Tensor],
+    eigenbasis_list: list[Tensor] | None,
+    exp_avg_sq: Tensor,
+    momentum: Tensor,
+    use_eigh: bool = False,
+    use_adaptive_criteria: bool = False,
+    adaptive_update_tolerance: float | None = None,
+    power_iter_steps: int = 1,
+    convert_to_float: bool = True,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """One basis refresh of one tensor: new eigenbases, and the moments carried into them.
+
+    The first moment is carried exactly. The second moment is aligned by eigenvalue rank, or, at the switch from the
+    original space (``eigenbasis_list=None``), replaced by the Kronecker estimate
+    ``V_ij <- sum(V) lam_i mu_j / sum(lam_i mu_j)``. ``momentum`` and ``exp_avg_sq`` are also updated in place.
+
+    Source: SOAP, arXiv 2409.11321, algorithms 3 and 4; criterion: arXiv 2506.03595. The treatment of the second
+    moment departs from the paper, see the architecture page.
+
+    Args:
+        kronecker_factor_list: One (d_k, d_k) factor per axis, or an empty tensor.
+        eigenbasis_list: The present bases. None: the moments are in the original space, and ``eigh`` is used.
+        exp_avg_sq: ``V``, (d_1, .., d_N), in the present bases; updated in place.
+        momentum: ``M``, likewise.
+        use_eigh: Decompose every time instead of iterating.
+        use_adaptive_criteria: Leave a factor's basis alone where it still holds (see ``get_eigenbasis_qr``).
+        adaptive_update_tolerance: The tolerance of that criterion, in [0, 1].
+        power_iter_steps: Power steps of the orthogonal iteration, at least 1.
+        convert_to_float: Return float32 bases. Otherwise bases have their factor's dtype.
+
+    Returns:
+        The new bases, ``momentum`` and ``exp_avg_sq``, the latter two being the tensors that were passed in.
+
+    Raises:
+        TypeError: An argument is not a (list of) floating-point tensor(s).
+        ValueError: Shapes or lengths disagree, or an option is out of range.
+
+    Example:
+        >>> factors = [torch.diag(torch.tensor([1.0, 3.0])), torch.diag(torch.tensor([2.0, 2.0]))]
+        >>> bases, momentum, exp_avg_sq = update_eigenbasis_and_momentum(
+        ...     factors, None, torch.ones(2, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        ... )
+        >>> momentum, exp_avg_sq
+        (tensor([[0., 1.],
+                [1., 0.]]), tensor([[1.5000, 1.5000],
+                [0.5000, 0.5000]]))
+    """
+    check_tensor("exp_avg_sq", exp_avg_sq)
+    check_tensor("momentum", momentum)
+    if momentum.shape != exp_avg_sq.shape:
+        raise ValueError(
+            f"momentum must have the shape of exp_avg_sq, {tuple(exp_avg_sq.shape)}, got {tuple(momentum.shape)}"
+        )
+    check_matches("kronecker_factor_list", kronecker_factor_list, exp_avg_sq.shape, "exp_avg_sq")
+    if eigenbasis_list is not None:
+        check_matches("eigenbasis_list", eigenbasis_list, exp_avg_sq.shape, "exp_avg_sq")
+    check_power_iter_steps(power_iter_steps)
+    tolerance = adaptive_tolerance_of(use_adaptive_criteria, adaptive_update_tolerance)
+    dtype = working_dtype([exp_avg_sq, momentum, *kronecker_factor_list])
+    refreshed = refresh_eigenbasis_and_moments(
+        _stack_list(kronecker_factor_list, dtype),
+        None if eigenbasis_list is None else _stack_list(eigenbasis_list, dtype),
+        _stack(momentum, dtype),
+        _stack(exp_avg_sq, dtype),
+        use_eigh=use_eigh,
+        adaptive_tolerance=tolerance,
+        power_iter_steps=power_iter_steps,
+    )
+    momentum.copy_(refreshed.exp_avg.squeeze(0))
+    exp_avg_sq.copy_(refreshed.exp_avg_sq.squeeze(0))
+    bases = [
+        factor.clone() if basis is None else basis.squeeze(0).to(torch.float32 if convert_to_float else factor.dtype)
+        for basis, factor in zip(refreshed.bases, kronecker_factor_list, strict=True)
+    ]
+    return bases, momentum, exp_avg_sq
+
+
+def _stack(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A stack of one, a view where the dtype is right already."""
+    return tensor.to(dtype).unsqueeze(0)
+
+
+def _stack_list(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor | None]:
+    """Stacks of one; None for an empty tensor."""
+    return [_stack(matrix, dtype) if matrix.numel() else None for matrix in matrices]
+
+
+def _write_back(targets: Sequence[Tensor], working: Sequence[Tensor | None]) -> None:
+    """Copies results into tensors whose dtype kept the kernels from working on them in place."""
+    for target, result in zip(targets, working, strict=True):
+        if result is not None and result.data_ptr() != target.data_ptr():
+            target.copy_(result.squeeze(0))

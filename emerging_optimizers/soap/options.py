@@ -1,0 +1,117 @@
+"""Validation of a parameter group's options: one rule per option, wording as in ``torch.optim``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from emerging_optimizers.mixin import WeightDecayMixin
+from emerging_optimizers.precision import MATMUL_PRECISIONS
+from emerging_optimizers.soap.refresh import SECOND_MOMENT_REFRESHES
+
+NONFINITE_POLICIES = ("skip", "raise", "propagate")
+
+_FLAGS = (
+    "use_nesterov",
+    "precondition_1d",
+    "correct_bias",
+    "use_eigh",
+    "use_adaptive_criteria",
+    "use_kl_shampoo",
+    "maximize",
+    "merge_dims",
+)
+_CHOICES = {
+    "fp32_matmul_prec": tuple(MATMUL_PRECISIONS),
+    "qr_fp32_matmul_prec": tuple(MATMUL_PRECISIONS),
+    "second_moment_refresh": SECOND_MOMENT_REFRESHES,
+    "nonfinite": NONFINITE_POLICIES,
+}
+
+
+def validate_options(options: dict[str, Any]) -> None:
+    """Checks every option of one parameter group, in the order of the constructor's signature.
+
+    Args:
+        options: A complete group; keys that are not SOAP's are not looked at.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option has an impossible value.
+    """
+    _validate_lr(options["lr"])
+    betas = options["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas!r} (wanted a pair of numbers in [0, 1))")
+    for index, beta in enumerate(betas):
+        _require_number(f"beta parameter at index {index}", beta, lambda b: 0.0 <= b < 1.0, "in [0, 1)")
+    _require_number("shampoo_beta", options["shampoo_beta"], lambda b: b < 1.0, "below 1; negative: betas[1]")
+    _require_number("epsilon value", options["eps"], lambda e: 0.0 <= e < float("inf"), "finite, at least 0")
+    WeightDecayMixin.validate_weight_decay(options["weight_decay"], options["weight_decay_method"])
+    frequency = options["precondition_frequency"]
+    if not callable(frequency):
+        _require_integer("precondition_frequency", frequency, 1, "or a callable step -> integer")
+    _require_integer("adam_warmup_steps", options["adam_warmup_steps"], 0)
+    _require_number(
+        "adaptive_update_tolerance",
+        options["adaptive_update_tolerance"],
+        lambda tolerance: 0.0 <= tolerance <= 1.0,
+        "in [0, 1]",
+    )
+    _require_integer("power_iter_steps", options["power_iter_steps"], 1)
+    _require_number(
+        "max_update_rms", options["max_update_rms"], lambda rms: 0.0 <= rms < float("inf"), "finite, 0: no clipping"
+    )
+    if options["correct_shampoo_beta_bias"] is not None:
+        _require_flag("correct_shampoo_beta_bias", options["correct_shampoo_beta_bias"], "True, False or None")
+    _require_integer("max_precond_dim", options["max_precond_dim"], 0)
+    for name in _FLAGS:
+        _require_flag(name, options[name], "True or False")
+    for name, choices in _CHOICES.items():
+        if options[name] not in choices:
+            raise ValueError(f"Invalid {name}: {options[name]!r} (wanted one of {choices})")
+
+
+def refresh_frequency(frequency: int | Callable[[int], int], step: int) -> int:
+    """The refresh frequency at ``step`` (0-based).
+
+    Raises:
+        TypeError: A callable returned something other than an integer.
+        ValueError: The frequency is below 1.
+    """
+    value = frequency(step) if callable(frequency) else frequency
+    _require_integer(f"precondition_frequency at step {step}", value, 1)
+    return value
+
+
+def _validate_lr(lr: object) -> None:
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+    elif isinstance(lr, bool) or not isinstance(lr, int | float):
+        raise TypeError(f"Invalid learning rate: {lr!r} (wanted a number or a 1-element Tensor)")
+    # A comparison that fails for NaN as well. On a device tensor this waits for it, once, at construction.
+    if not 0.0 <= float(lr) < float("inf"):
+        raise ValueError(f"Invalid learning rate: {lr}")
+
+
+def _require_number(name: str, value: object, accepts: Callable[[float], bool], wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"Invalid {name}: {value!r} (wanted a number {wanted})")
+    if not accepts(value):
+        raise ValueError(f"Invalid {name}: {value} (wanted a number {wanted})")
+
+
+def _require_integer(name: str, value: object, low: int, also: str = "") -> None:
+    wanted = f"an integer >= {low} {also}".rstrip()
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Invalid {name}: {value!r} (wanted {wanted})")
+    if value < low:
+        raise ValueError(f"Invalid {name}: {value} (wanted {wanted})")
+
+
+def _require_flag(name: str, value: object, wanted: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"Invalid {name}: {value!r} (wanted {wanted})")

@@ -1,0 +1,394 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner, arXiv 2409.11321."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from emerging_optimizers.adam import adam_direction
+from emerging_optimizers.mixin import WeightDecayMixin
+from emerging_optimizers.precision import fp32_matmul_precision
+from emerging_optimizers.soap import kronecker
+from emerging_optimizers.soap.checkpoint import load_state_dict_exactly
+from emerging_optimizers.soap.functional import (
+    init_kronecker_factors,
+    precondition,
+    update_eigenbasis_and_momentum,
+    update_kronecker_factors,
+    update_kronecker_factors_kl_shampoo,
+)
+from emerging_optimizers.soap.layout import Layout, layout_of
+from emerging_optimizers.soap.options import refresh_frequency, validate_options
+from emerging_optimizers.soap.refresh import refresh_eigenbasis_and_moments
+from emerging_optimizers.soap.state import as_stack, has_basis, init_state, stacked, working_dtype
+
+__all__ = [
+    "SOAP",
+    "init_kronecker_factors",
+    "precondition",
+    "update_eigenbasis_and_momentum",
+    "update_kronecker_factors",
+    "update_kronecker_factors_kl_shampoo",
+]
+
+
+class SOAP(WeightDecayMixin, Optimizer):
+    r"""SOAP, ShampoO with Adam in the Preconditioner's eigenbasis, and KL-SOAP.
+
+    One step for a matrix :math:`W` with gradient :math:`G`, in this order (arXiv 2409.11321, algorithm 3):
+
+    .. math::
+        \begin{aligned}
+        & K_1 \leftarrow \beta_s K_1 + (1-\beta_s)\, G G^\top, \quad
+          K_2 \leftarrow \beta_s K_2 + (1-\beta_s)\, G^\top G \\
+        & \textbf{if } t \bmod f = 0: \quad Q_k \leftarrow \mathrm{qr}(K_k Q_k), \quad
+          M, V \text{ carried into the new bases} \\
+        & G' \leftarrow Q_1^\top G\, Q_2 \\
+        & M \leftarrow \beta_1 M + (1-\beta_1) G', \quad V \leftarrow \beta_2 V + (1-\beta_2)\, G' \odot G' \\
+        & W \leftarrow W - \eta\, Q_1 \big(\hat M / (\sqrt{\hat V} + \epsilon)\big) Q_2^\top
+        \end{aligned}
+
+    Tensors of any number of axes are preconditioned along each axis. A tensor with no preconditioned axis (0-D; 1-D
+    unless ``precondition_1d``; every axis longer than ``max_precond_dim``) gets plain AdamW and no factor state.
+    The arithmetic is float32 whatever the parameter's dtype, and float64 for float64 parameters. Every option may
+    differ per parameter group.
+
+    Args:
+        params: Parameters, named parameters or parameter groups.
+        lr: Learning rate :math:`\eta`; a number or a tensor of one element.
+        betas: Decay of the first and the second moment.
+        shampoo_beta: Decay :math:`\beta_s` of the Kronecker factors; negative: ``betas[1]``.
+        eps: Added to the root of the second moment; with KL factors also the smallest eigenvalue used.
+        weight_decay: Weight decay coefficient.
+        weight_decay_method: "decoupled" (AdamW), "independent" (not multiplied by ``lr``) or "l2".
+        use_nesterov: Nesterov's look-ahead in the first moment (Dozat 2016).
+        precondition_frequency: Refresh the eigenbases every so many steps: an integer, or a callable from the 0-based
+            step to an integer (see ``emerging_optimizers.schedules``).
+        adam_warmup_steps: Steps of plain Adam, in the original space, before the first eigenbasis.
+        precondition_1d: Precondition 1-D tensors too.
+        correct_bias: Adam's bias correction.
+        fp32_matmul_prec: Precision of projections and Gram products: "highest", "high" or "medium".
+        use_eigh: Refresh by eigendecomposition; otherwise by orthogonal iteration.
+        qr_fp32_matmul_prec: Precision of the products in power steps after the first. Eigenvalues are always float32.
+        use_adaptive_criteria: Leave a basis alone while it still diagonalises its factor (arXiv 2506.03595).
+        adaptive_update_tolerance: The tolerance of that criterion.
+        power_iter_steps: Power steps per refresh of the orthogonal iteration.
+        max_update_rms: Scale an update down to this root mean square (arXiv 1804.04235); 0: never.
+        use_kl_shampoo: KL-Shampoo's factors (arXiv 2509.03378).
+        correct_shampoo_beta_bias: Bias correction of the factors' decay; None: as ``correct_bias``.
+        maximize: Maximize the objective.
+        max_precond_dim: An axis longer than this keeps the identity basis and no factor. 0 makes the group plain
+            AdamW, which is how embeddings and heads are routed (``emerging_optimizers.routing``).
+        merge_dims: Fold adjacent axes, last first, while their product stays within ``max_precond_dim`` and at least
+            two axes remain: a convolution becomes the matrix (out, in * kh * kw).
+        second_moment_refresh: The second moment at a refresh: "rank" aligns it by rank of eigenvalue, "kronecker"
+            replaces it by the Kronecker estimate of the same total.
+        nonfinite: A tensor whose gradient has NaN or Inf, or overflows when squared: "skip" leaves its weight, moments,
+            factors and bases as they are and counts it in the state; "raise" raises before anything has changed;
+            "propagate" computes on.
+
+    State, per parameter: ``step``, the steps done, 0-D float32 on the CPU; ``exp_avg`` and ``exp_avg_sq``, shaped like
+    the parameter and held in the eigenbasis once there is one; ``skipped_steps``, 0-D int64. Preconditioned tensors
+    also have ``refresh_step``, the value of ``step`` after the last refresh, 0 before the first; and for each
+    preconditioned axis k of the working shape ``GG_k`` and ``Q_k``, (d_k, d_k).
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option has an impossible value.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
+        >>> optimizer = SOAP([weight], lr=0.1, weight_decay=0.0, precondition_frequency=10)
+        >>> for _ in range(100):
+        ...     optimizer.zero_grad()
+        ...     loss = weight.square().sum()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> loss.item() < 1e-2
+        True
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.95),
+        shampoo_beta: float = 0.95,
+        eps: float = 1e-08,
+        weight_decay: float = 0.01,
+        *,
+        weight_decay_method: str = "decoupled",
+        use_nesterov: bool = False,
+        precondition_frequency: int | Callable[[int], int] = 1,
+        adam_warmup_steps: int = 0,
+        precondition_1d: bool = False,
+        correct_bias: bool = True,
+        fp32_matmul_prec: str = "high",
+        use_eigh: bool = False,
+        qr_fp32_matmul_prec: str = "high",
+        use_adaptive_criteria: bool = False,
+        adaptive_update_tolerance: float = 1e-07,
+        power_iter_steps: int = 1,
+        max_update_rms: float = 0.0,
+        use_kl_shampoo: bool = False,
+        correct_shampoo_beta_bias: bool | None = None,
+        maximize: bool = False,
+        max_precond_dim: int = 10000,
+        merge_dims: bool = False,
+        second_moment_refresh: str = "rank",
+        nonfinite: str = "skip",
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "shampoo_beta": shampoo_beta,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "weight_decay_method": weight_decay_method,
+            "use_nesterov": use_nesterov,
+            "precondition_frequency": precondition_frequency,
+            "adam_warmup_steps": adam_warmup_steps,
+            "precondition_1d": precondition_1d,
+            "correct_bias": correct_bias,
+            "fp32_matmul_prec": fp32_matmul_prec,
+            "use_eigh": use_eigh,
+            "qr_fp32_matmul_prec": qr_fp32_matmul_prec,
+            "use_adaptive_criteria": use_adaptive_criteria,
+            "adaptive_update_tolerance": adaptive_update_tolerance,
+            "power_iter_steps": power_iter_steps,
+            "max_update_rms": max_update_rms,
+            "use_kl_shampoo": use_kl_shampoo,
+            "correct_shampoo_beta_bias": correct_shampoo_beta_bias,
+            "maximize": maximize,
+            "max_precond_dim": max_precond_dim,
+            "merge_dims": merge_dims,
+            "second_moment_refresh": second_moment_refresh,
+            "nonfinite": nonfinite,
+        }
+        validate_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group, with this optimizer's defaults for the options that it does not set.
+
+        Raises:
+            TypeError: An option or a parameter has the wrong type.
+            ValueError: An option has an impossible value, or a parameter is in a group already.
+        """
+        if isinstance(param_group, dict):  # torch says what is wrong with anything else
+            validate_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fills in options that did not exist when the state was saved."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state, keeping the dtype of every state tensor.
+
+        Args:
+            state_dict: As returned by :meth:`state_dict`.
+
+        Raises:
+            ValueError: The groups do not match this optimizer's.
+        """
+        load_state_dict_exactly(self, super().load_state_dict, state_dict)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Does one optimization step.
+
+        Args:
+            closure: Evaluates the model and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: A gradient is sparse or complex, or, with ``nonfinite="raise"``, not finite. Nothing has
+                been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    self._check_before_step(parameter, group, index)
+        for group in self.param_groups:
+            with fp32_matmul_precision(group["fp32_matmul_prec"]):
+                for parameter in group["params"]:
+                    if parameter.grad is not None and parameter.numel():
+                        self._step_parameter(parameter, group)
+        return loss
+
+    def _step_parameter(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Steps 1 to 9 of the algorithm for one parameter; the kernels see it as a stack of one."""
+        layout = layout_of(
+            tuple(parameter.shape), group["max_precond_dim"], group["precondition_1d"], group["merge_dims"]
+        )
+        state = self.state[parameter]
+        dtype = working_dtype(parameter)
+        if not state:
+            init_state(state, parameter, layout)
+        step = int(state["step"].item())  # on the CPU: nothing waits for the device
+
+        weight = parameter.to(dtype)
+        grad = parameter.grad.to(dtype)  # type: ignore[union-attr]
+        if group["maximize"]:
+            grad = -grad
+        grad = self.regularized_grad(grad, weight, group)
+        finite = None
+        if group["nonfinite"] == "skip":
+            finite = is_usable(grad)
+            grad = torch.where(finite, grad, 0.0)
+            state["skipped_steps"] += ~finite
+
+        grad = as_stack(grad, layout)
+        exp_avg, exp_avg_sq = as_stack(state["exp_avg"], layout), as_stack(state["exp_avg_sq"], layout)
+        bases: list[Tensor | None] | None = None
+        if layout.axes:
+            self._update_factors(state, grad, group, layout, step, finite)
+            self._refresh_if_due(state, exp_avg, exp_avg_sq, group, layout, step, finite)
+            if has_basis(state):
+                bases = stacked(state, "Q", layout)
+                grad = kronecker.project(grad, bases)
+        update = adam_direction(
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            step=step + 1,
+            betas=group["betas"],
+            eps=group["eps"],
+            correct_bias=group["correct_bias"],
+            use_nesterov=group["use_nesterov"],
+            finite=finite,
+        )
+        if bases is not None:
+            update = kronecker.project_back(update, bases)
+        if group["max_update_rms"] > 0:
+            update = clip_rms(update, group["max_update_rms"])
+
+        self.decay_weight_(weight, group, finite)
+        lr = group["lr"]
+        update = update.reshape(parameter.shape)
+        if isinstance(lr, Tensor):
+            weight.sub_(update * lr.reshape(()).to(update.device))
+        else:
+            weight.sub_(update, alpha=lr)
+        if weight is not parameter:
+            parameter.copy_(weight)
+        state["step"] += 1
+
+    @staticmethod
+    def _update_factors(
+        state: dict[str, Any],
+        grad: Tensor,
+        group: dict[str, Any],
+        layout: Layout,
+        step: int,
+        finite: Tensor | None,
+    ) -> None:
+        """Step 2 and 3: decays the Kronecker factors and adds this gradient's."""
+        beta = group["shampoo_beta"] if group["shampoo_beta"] >= 0 else group["betas"][1]
+        correct = group["correct_shampoo_beta_bias"]
+        if group["correct_bias"] if correct is None else correct:
+            beta = 1 - (1 - beta) / (1 - beta ** (step + 1))
+        factors = stacked(state, "GG", layout)
+        stack_finite = None if finite is None else finite.view(1)
+        if group["use_kl_shampoo"]:
+            # Without a basis the others are the identity, so that 1 / eps never enters the first update.
+            bases = stacked(state, "Q", layout) if has_basis(state) else None
+            kronecker.update_factors_kl(factors, grad, beta, bases, group["eps"], finite=stack_finite)
+        else:
+            kronecker.update_factors(factors, grad, beta, stack_finite)
+
+    @staticmethod
+    def _refresh_if_due(
+        state: dict[str, Any],
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        group: dict[str, Any],
+        layout: Layout,
+        step: int,
+        finite: Tensor | None,
+    ) -> None:
+        """Step 4: new eigenbases, with the moments carried into them."""
+        if step < group["adam_warmup_steps"]:
+            return
+        factors = stacked(state, "GG", layout)
+        if not has_basis(state):
+            # A zero factor has no eigenbasis: layers behind a zero-initialised one, and tensors whose first gradient
+            # was skipped, wait for their first gradient. eigh waits for the device anyway.
+            if not any(bool(factor.any()) for factor in factors if factor is not None):
+                return
+            bases = None
+        elif step % refresh_frequency(group["precondition_frequency"], step) == 0:
+            bases = stacked(state, "Q", layout)
+        else:
+            return
+        refreshed = refresh_eigenbasis_and_moments(
+            factors,
+            bases,
+            exp_avg,
+            exp_avg_sq,
+            use_eigh=group["use_eigh"],
+            adaptive_tolerance=group["adaptive_update_tolerance"] if group["use_adaptive_criteria"] else None,
+            power_iter_steps=group["power_iter_steps"],
+            second_moment_refresh=group["second_moment_refresh"],
+            matmul_precision=group["qr_fp32_matmul_prec"],
+        )
+        old_tensors = [exp_avg, exp_avg_sq, *stacked(state, "Q", layout)]
+        new_tensors = [refreshed.exp_avg, refreshed.exp_avg_sq, *refreshed.bases]
+        for old, new in zip(old_tensors, new_tensors, strict=True):
+            if old is not None and new is not None:
+                old.copy_(new if finite is None else torch.where(finite, new, old))
+        state["refresh_step"].fill_(step + 1)
+
+    def _check_before_step(self, parameter: Tensor, group: dict[str, Any], index: int) -> None:
+        """Raises what a step could raise, before it changes anything."""
+        grad = parameter.grad
+        assert grad is not None
+        if grad.is_sparse or grad.is_complex():
+            kind = "sparse" if grad.is_sparse else "complex"
+            raise RuntimeError(f"SOAP does not support {kind} gradients, got one for {_name_of(group, index)}")
+        if group["nonfinite"] == "raise" and not bool(is_usable(grad.to(working_dtype(parameter)))):
+            raise RuntimeError(f"The gradient of {_name_of(group, index)} has NaN or Inf entries, or overflows")
+        step = int(self.state[parameter]["step"].item()) if parameter in self.state else 0
+        refresh_frequency(group["precondition_frequency"], step)
+
+
+def is_usable(grad: Tensor) -> Tensor:
+    """Whether a gradient is finite, and so is the sum of its squares: a 0-D boolean on its device.
+
+    An entry that overflows when squared would set its second moment to Inf and freeze its weight for good.
+    """
+    norm: Tensor = torch.linalg.vector_norm(grad)
+    return norm.square().isfinite()
+
+
+def clip_rms(update: Tensor, max_rms: float) -> Tensor:
+    """``U * min(1, max_rms / (rms(U) + 1e-7))`` (Adafactor, arXiv 1804.04235, section 6), on a stack of one."""
+    rms: Tensor = torch.linalg.vector_norm(update) / update.numel() ** 0.5
+    return update * (max_rms / (rms + 1e-7)).clamp(max=1.0)
+
+
+def _name_of(group: dict[str, Any], index: int) -> str:
+    """What to call a parameter in an error: its name where the group has names, else its place and shape."""
+    if "param_names" in group:
+        return f"parameter {group['param_names'][index]!r}"
+    return f"parameter {index} of its group, shape {tuple(group['params'][index].shape)}"

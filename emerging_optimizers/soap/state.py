@@ -1,0 +1,50 @@
+"""A parameter's optimizer state: flat tensors, made at its first step and read as stacks of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emerging_optimizers.soap.layout import Layout
+
+
+def working_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype of a parameter's arithmetic and state: float64 for float64, else float32."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def init_state(state: dict[str, Any], parameter: Tensor, layout: Layout) -> None:
+    """Fills an empty state. Its keys depend on the layout alone, so every process that trains a model has the same.
+
+    ``step`` and ``refresh_step`` (the value of ``step`` after the last refresh, 0 without a basis) are float32 on the
+    CPU, where the host reads them without waiting; everything else is on the parameter's device. ``Q_k`` is the
+    identity until there is a basis.
+    """
+    like: dict[str, Any] = {"dtype": working_dtype(parameter), "device": parameter.device}
+    state["step"] = torch.zeros((), dtype=torch.float32)
+    state["exp_avg"] = torch.zeros(parameter.shape, **like)
+    state["exp_avg_sq"] = torch.zeros(parameter.shape, **like)
+    state["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
+    if layout.axes:
+        state["refresh_step"] = torch.zeros((), dtype=torch.float32)
+    for axis in layout.axes:
+        size = layout.shape[axis]
+        state[f"GG_{axis}"] = torch.zeros(size, size, **like)
+        state[f"Q_{axis}"] = torch.eye(size, **like)
+
+
+def has_basis(state: dict[str, Any]) -> bool:
+    """Whether the moments are held in an eigenbasis yet."""
+    return bool(state["refresh_step"].item() > 0)
+
+
+def stacked(state: dict[str, Any], kind: str, layout: Layout) -> list[Tensor | None]:
+    """The factors ("GG") or bases ("Q") per axis of the working shape, as views (1, d, d); None without one."""
+    return [state[f"{kind}_{k}"].unsqueeze(0) if k in layout.axes else None for k in range(len(layout.shape))]
+
+
+def as_stack(tensor: Tensor, layout: Layout) -> Tensor:
+    """A parameter-shaped tensor in its working shape, (1, d_1, .., d_N); a view where the memory allows."""
+    return tensor.reshape(1, *layout.shape)
