@@ -64,3 +64,33 @@ def adam_direction(
         # With eps = 0 an untouched entry is 0 / 0, so the mask must choose rather than multiply.
         direction = torch.where(finite, direction, 0.0)
     return direction
+
+
+def raise_to_floor(exp_avg_sq: Tensor, exp_avg: Tensor, updates: int, betas: tuple[float, float]) -> Tensor:
+    """``max(V, M**2 / c)``: the second moment, raised to the smallest value that Adam could have beside this first moment.
+
+    In one fixed basis ``M_i = sum_j (1-b1) b1**j g_(i-j)`` and ``V_i = sum_j (1-b2) b2**j g_(i-j)**2``, so by
+    Cauchy-Schwarz ``M_i**2 <= c_i V_i`` with ``c_i = (1-b1)**2 / (1-b2) * sum_(j<i) (b1**2 / b2)**j``, and the next step
+    preserves it. A change of basis breaks it: the first moment is carried exactly and the second only by rank, so that a
+    slot can hold a large ``M`` over a ``V`` that is still zero and the next step is ``M / eps``. With the published
+    defaults that is what happens to tensors whose factors have low rank, in their first steps; this restores the bound.
+
+    Args:
+        exp_avg_sq: ``V``.
+        exp_avg: ``M``, of the same shape.
+        updates: ``i >= 0``, how many updates the moments have seen.
+        betas: ``(b1, b2)``.
+
+    Returns:
+        The raised second moment, a new tensor.
+
+    Example:
+        >>> raise_to_floor(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]), 1, (0.9, 0.95))
+        tensor([5., 5.])
+    """
+    beta1, beta2 = betas
+    if updates == 0 or beta2 == 0:
+        return exp_avg_sq
+    ratio = beta1**2 / beta2
+    terms = float(updates) if abs(ratio - 1) < 1e-12 else (1 - ratio**updates) / (1 - ratio)
+    return torch.maximum(exp_avg_sq, exp_avg.square() * ((1 - beta2) / ((1 - beta1) ** 2 * terms)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from emerging_optimizers.adam import adam_direction
+from emerging_optimizers.adam import adam_direction, raise_to_floor
 from emerging_optimizers.mixin import WeightDecayMixin
 from emerging_optimizers.precision import fp32_matmul_precision
 from emerging_optimizers.soap import kronecker
@@ -353,7 +353,8 @@ class SOAP(WeightDecayMixin, Optimizer):
             matmul_precision=group["qr_fp32_matmul_prec"],
         )
         old_tensors = [exp_avg, exp_avg_sq, *stacked(state, "Q", layout)]
-        new_tensors = [refreshed.exp_avg, refreshed.exp_avg_sq, *refreshed.bases]
+        new_exp_avg_sq = raise_to_floor(refreshed.exp_avg_sq, refreshed.exp_avg, step, group["betas"])
+        new_tensors = [refreshed.exp_avg, new_exp_avg_sq, *refreshed.bases]
         for old, new in zip(old_tensors, new_tensors, strict=True):
             if old is not None and new is not None:
                 old.copy_(new if finite is None else torch.where(finite, new, old))
@@ -368,7 +369,7 @@ class SOAP(WeightDecayMixin, Optimizer):
             raise RuntimeError(f"SOAP does not support {kind} gradients, got one for {_name_of(group, index)}")
         if group["nonfinite"] == "raise" and not bool(is_usable(grad.to(working_dtype(parameter)))):
             raise RuntimeError(f"The gradient of {_name_of(group, index)} has NaN or Inf entries, or overflows")
-        step = int(self.state[parameter]["step"].item()) if parameter in self.state else 0
+        step = int(self.state[parameter]["step"].item()) if self.state.get(parameter) else 0
         refresh_frequency(group["precondition_frequency"], step)
 
 

@@ -1,0 +1,158 @@
+"""Which of a model's parameters SOAP preconditions and which get plain AdamW, and why.
+
+Matrices that transform features have structure that an eigenbasis can use. Embeddings and output heads have one very
+long axis, whose factor would cost most and, for rare tokens, sees almost no gradient; vectors have no second axis. SOAP
+runs AdamW for a group with ``max_precond_dim=0``, so one optimizer serves both kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Route(NamedTuple):
+    """Where one parameter goes.
+
+    Attributes:
+        name: Its name in ``model.named_parameters()``.
+        shape: Its shape.
+        numel: Its number of entries.
+        optimizer: "soap", "adamw", or "frozen" (``requires_grad`` is off; in no group).
+        reason: Why, in a few words.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    optimizer: str
+    reason: str
+
+
+class Routing:
+    """The result of :func:`route_parameters`; prints as a table.
+
+    Attributes:
+        routes: One :class:`Route` per parameter of the model, in the model's order.
+        soap: ``(name, parameter)`` pairs to precondition.
+        adamw: ``(name, parameter)`` pairs for plain AdamW.
+    """
+
+    def __init__(self, routes: list[Route], parameters: dict[str, nn.Parameter]) -> None:
+        self.routes = tuple(routes)
+        self.soap = [(r.name, parameters[r.name]) for r in routes if r.optimizer == "soap"]
+        self.adamw = [(r.name, parameters[r.name]) for r in routes if r.optimizer == "adamw"]
+
+    def param_groups(
+        self, soap: dict[str, Any] | None = None, adamw: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for SOAP, with names; a kind without parameters makes no group.
+
+        Args:
+            soap: Options of the preconditioned group.
+            adamw: Options of the AdamW group, for instance its own ``lr``.
+        """
+        groups = [
+            {**(soap or {}), "params": self.soap},
+            {**(adamw or {}), "params": self.adamw, "max_precond_dim": 0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def __str__(self) -> str:
+        """A table with one line per parameter, and totals."""
+        width = max([len(r.name) for r in self.routes], default=0)
+        lines = [
+            f"{r.name:<{width}}  {'x'.join(map(str, r.shape)) or 'scalar':>14}  {r.optimizer:<6}  {r.reason}"
+            for r in self.routes
+        ]
+        for optimizer in ("soap", "adamw", "frozen"):
+            chosen = [r for r in self.routes if r.optimizer == optimizer]
+            if chosen:
+                lines.append(f"{optimizer}: {len(chosen)} tensors, {sum(r.numel for r in chosen):,} parameters")
+        return "\n".join(lines)
+
+
+def route_parameters(
+    model: nn.Module, *, adamw: Collection[str] = (), soap: Collection[str] = (), head: str | None = "last"
+) -> Routing:
+    """Decides for every parameter of a model whether SOAP preconditions it.
+
+    AdamW gets embeddings (``nn.Embedding``, ``nn.EmbeddingBag``, and any layer that shares their weight), the output
+    head, and tensors with fewer than two axes longer than one. Everything else is preconditioned. A parameter that
+    several modules share is routed once.
+
+    Args:
+        model: The model.
+        adamw: Names of parameters or modules that go to AdamW whatever the rules say.
+        soap: Names of parameters or modules that are preconditioned whatever the rules say.
+        head: Name of the output head's module, whose parameters go to AdamW; "last" takes the ``nn.Linear`` that was
+            registered last, if there are several; None: the model has no head.
+
+    Returns:
+        The routing.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: A name is not one of the model's, or is asked for in both ways.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 50))
+        >>> routing = route_parameters(model)
+        >>> print(routing)
+        0.weight            50x8  adamw   embedding
+        1.weight             8x8  soap    matrix
+        1.bias                 8  adamw   fewer than 2 axes
+        2.weight               8  adamw   fewer than 2 axes
+        2.bias                 8  adamw   fewer than 2 axes
+        3.weight            50x8  adamw   output head
+        3.bias                50  adamw   fewer than 2 axes
+        soap: 1 tensors, 64 parameters
+        adamw: 6 tensors, 874 parameters
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    parameters = dict(model.named_parameters())
+    modules = {name for name, _ in model.named_modules()}
+    for argument, names in {"adamw": adamw, "soap": soap, "head": [] if head in (None, "last") else [head]}.items():
+        for name in [names] if isinstance(names, str) else names:
+            if name not in modules and name not in dict(model.named_parameters(remove_duplicate=False)):
+                raise ValueError(f"{argument} names {name!r}, which is neither a parameter nor a module of the model")
+
+    asked_adamw = set(_tensors_of(model, adamw))
+    asked_soap = set(_tensors_of(model, soap))
+    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) for p in m.parameters()}
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if head == "last":
+        head = linears[-1] if len(linears) > 1 else None
+    heads = set() if head is None else set(_tensors_of(model, [head]))
+
+    routes = []
+    for name, parameter in parameters.items():
+        if parameter in asked_adamw and parameter in asked_soap:
+            raise ValueError(f"{name!r} is asked for in adamw and in soap; name it once")
+        if not parameter.requires_grad:
+            optimizer, reason = "frozen", "requires_grad is off"
+        elif parameter in asked_adamw:
+            optimizer, reason = "adamw", "as asked"
+        elif parameter in asked_soap:
+            optimizer, reason = "soap", "as asked"
+        elif parameter in embeddings:
+            optimizer, reason = "adamw", "embedding"
+        elif sum(size > 1 for size in parameter.shape) < 2:
+            optimizer, reason = "adamw", "fewer than 2 axes"
+        elif parameter in heads:
+            optimizer, reason = "adamw", "output head"
+        else:
+            optimizer, reason = "soap", "matrix" if parameter.dim() == 2 else f"{parameter.dim()} axes"
+        routes.append(Route(name, tuple(parameter.shape), parameter.numel(), optimizer, reason))
+    return Routing(routes, parameters)
+
+
+def _tensors_of(model: nn.Module, names: Collection[str]) -> Iterator[Tensor]:
+    """The parameters with these names, or inside the modules with these names."""
+    wanted = {names} if isinstance(names, str) else set(names)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if any(name == w or name.startswith(f"{w}.") or w == "" for w in wanted):
+            yield parameter
