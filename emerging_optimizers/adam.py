@@ -67,13 +67,13 @@ def adam_direction(
 
 
 def raise_to_floor(exp_avg_sq: Tensor, exp_avg: Tensor, updates: int, betas: tuple[float, float]) -> Tensor:
-    """``max(V, M**2 / c)``: the second moment, raised to the smallest value that Adam could have beside this first moment.
+    """``max(V, M**2 / c)``: the second moment, raised to the least that Adam could have beside this first moment.
 
     In one fixed basis ``M_i = sum_j (1-b1) b1**j g_(i-j)`` and ``V_i = sum_j (1-b2) b2**j g_(i-j)**2``, so by
-    Cauchy-Schwarz ``M_i**2 <= c_i V_i`` with ``c_i = (1-b1)**2 / (1-b2) * sum_(j<i) (b1**2 / b2)**j``, and the next step
-    preserves it. A change of basis breaks it: the first moment is carried exactly and the second only by rank, so that a
-    slot can hold a large ``M`` over a ``V`` that is still zero and the next step is ``M / eps``. With the published
-    defaults that is what happens to tensors whose factors have low rank, in their first steps; this restores the bound.
+    Cauchy-Schwarz ``M_i**2 <= c_i V_i`` with ``c_i = (1-b1)**2 / (1-b2) * sum_(j<i) (b1**2 / b2)**j``, and the next
+    step preserves it. A change of basis breaks it: the first moment is carried exactly and the second only by rank, so
+    that a slot can hold a large ``M`` over a ``V`` that is still zero, and the next step is ``M / eps``. With the
+    published defaults that happens to tensors whose factors have low rank, in their first steps.
 
     Args:
         exp_avg_sq: ``V``.

@@ -1,9 +1,9 @@
-"""A float64 reference of one SOAP step, written to be read beside ``spec.md`` section 2.
+"""A float64 reference of one SOAP step, written to be read beside the algorithm in ``docs/architecture.md``.
 
 Nothing here is shared with the package, nothing is batched, nothing is in place, nothing is fast: dense matrices,
-loops over tensors and axes, one helper per formula. The numbers in the comments are the steps of the specification.
+loops over tensors and axes, one helper per formula. The numbers in the comments are the steps listed there.
 
-What the specification leaves open, and what this oracle (and the package) does:
+What the formulas leave open, and what this oracle (and the package) does:
 
 * ``maximize`` negates the gradient first; ``l2`` then adds ``weight_decay * W``.
 * KL factors. An axis without a factor contributes ``S_j = I / d_j``; so does every axis while there is no basis.
@@ -18,6 +18,7 @@ What the specification leaves open, and what this oracle (and the package) does:
   ``second_moment_refresh`` says (without a warm-up V is 0 then), and with ``'kronecker'`` at each later refresh
   in which at least one factor of the tensor was refreshed; factors that were left alone contribute the estimates
   in their kept basis.
+* After a refresh ``V`` is raised to what Adam could have beside the carried ``M``.
 * ``merge_dims`` starts at the last axis and absorbs the left neighbour while the product stays within
   ``max_precond_dim`` and at least two axes remain; otherwise that neighbour starts the next folded axis.
 * A tensor whose gradient is ``None`` is passed over, its step does not count.
@@ -245,7 +246,10 @@ class OracleSOAP:
         return w - self.lr * u.reshape(w.shape)
 
     def _at_least_what_adam_could_have(self, v: Tensor, m: Tensor, updates: int) -> Tensor:
-        """In a fixed basis M_ij**2 <= c V_ij by Cauchy-Schwarz, with c the sum of squared weights of M over weights of V."""
+        """V, or M**2 / c where that is more: in a fixed basis Cauchy-Schwarz gives M**2 <= c V.
+
+        c sums, over the updates, the squared weight of a gradient in M over the weight of its square in V.
+        """
         if updates == 0:
             return v
         c = sum(((1 - self.beta1) * self.beta1**j) ** 2 / ((1 - self.beta2) * self.beta2**j) for j in range(updates))

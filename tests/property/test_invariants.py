@@ -137,7 +137,7 @@ def test_scaling_the_loss_leaves_the_trajectory_where_eps_vanishes(seed: int, fa
     if options["weight_decay_method"] == "l2":
         options |= {"weight_decay": 0.0}  # l2 adds a term that does not scale with the loss
     # Plain factors scale with the square of the loss. KL factors settle at its first power but start, with S = I / d,
-    # at the second, so that the mixture of both has no scale: by the specification KL-SOAP is not invariant.
+    # at the second, so that the mixture of both has no scale: KL-SOAP, as defined, is not invariant.
     options |= {"use_kl_shampoo": False}
     options |= {"adam_warmup_steps": 3, "eps": 1e-30}
     (plain,) = train([valley.start], [valley.gradient], options)

@@ -1,0 +1,60 @@
+"""Files that are either whole or not there: a crash at any moment leaves the previous version readable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from emerging_optimizers.lab.errors import LabError
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that its name always stands for one complete version.
+
+    Args:
+        path: the file; its folder exists.
+        write: writes the whole content into a binary file handle.
+    """
+    # In the same folder, as a rename is atomic only within one file system; a fixed name, so that the leftover of a
+    # crash is overwritten by the next attempt.
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())  # the content is on the disk before the name points to it
+    os.replace(temporary, path)
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is already durable
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Save a race's state: nested dicts and lists of tensors, numbers, strings and None."""
+    write_atomically(folder / CHECKPOINT, lambda file: torch.save(state, file))
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Load what `save` wrote. Nothing in the file is executed (``weights_only=True``).
+
+    Raises:
+        LabError: there is no checkpoint, or it cannot be read.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        raise LabError(f"--resume {folder}: nothing to resume there (no {CHECKPOINT}; a finished race leaves none)")
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception as error:  # zip, pickle and storage errors share no base class
+        raise LabError(f"--resume {folder}: {CHECKPOINT} is not a readable checkpoint; start a new race") from error
+    if not isinstance(state, dict):
+        raise LabError(f"--resume {folder}: {CHECKPOINT} is not a checkpoint of a race; start a new race")
+    return state

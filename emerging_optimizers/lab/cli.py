@@ -1,0 +1,182 @@
+"""The command line ``soap``. Mistakes are answered with one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated
+
+EXTRA = 'this command needs an extra: pip install "emerging-optimizers[lab]"'
+
+try:
+    import typer
+except ModuleNotFoundError:
+    print(f"soap: {EXTRA}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+from emerging_optimizers.lab.errors import LabError  # noqa: E402 (typer first: all else needs it)
+
+if TYPE_CHECKING:
+    from emerging_optimizers.lab.options import Options
+    from emerging_optimizers.lab.race import Race
+
+SECONDS_BETWEEN_SAVES = 60.0
+
+app = typer.Typer(help="Race the SOAP optimizer against others.", add_completion=False, rich_markup_mode=None)
+
+
+@app.callback()
+def soap() -> None:
+    """Race the SOAP optimizer against others."""  # the callback keeps `race` a subcommand while it is the only one
+
+
+@app.command()
+def race(
+    task: Annotated[
+        str | None, typer.Option(help="charlm, digits, pinn or package.module:TaskClass  [default: charlm]")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 file for charlm, instead of the built-in text")] = None,
+    optimizers: Annotated[
+        str | None,
+        typer.Option(help="comma list of soap, soap-kronecker, kl-soap, adamw, muon  [default: all but kl-soap]"),
+    ] = None,
+    lr: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=RATES", help="soap=6e-3,3e-3: peak rates, each its own run; repeatable"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="optimizer steps per run  [default: the task's]")] = None,
+    seeds: Annotated[str | None, typer.Option(help="comma list, each its own start and batches  [default: 0]")] = None,
+    frequency: Annotated[
+        int | None, typer.Option(min=1, help="steps between SOAP's eigenbasis refreshes  [default: 10]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="torch's threads  [default: torch's choice]")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the report  [default: race-TASK]")] = None,
+    resume: Annotated[Path | None, typer.Option(help="continue the stopped race in this folder")] = None,
+) -> None:
+    """Train one model with several optimizers, from the same start on the same batches, and say which wins."""
+    for package in ("matplotlib", "rich", "numpy"):  # found missing now, not when the race has been run
+        if importlib.util.find_spec(package) is None:
+            raise LabError(EXTRA)
+    import torch
+
+    from emerging_optimizers.lab import checkpoint, report
+    from emerging_optimizers.lab.race import Race
+
+    if resume is not None:
+        given = {"--task": task, "--text": text, "--optimizers": optimizers, "--lr": lr, "--steps": steps,
+                 "--seeds": seeds, "--frequency": frequency, "--threads": threads, "--out": out}  # fmt: skip
+        if extra := [option for option, value in given.items() if value]:
+            raise LabError(f"--resume takes its settings from the folder: leave out {', '.join(extra)}")
+        state = checkpoint.load(resume)
+        torch.set_num_threads(state["options"]["threads"])
+        _play(Race.restore(state), resume)
+        return
+    options = _options(task or "charlm", text, optimizers, lr or [], steps, seeds or "0", frequency or 10, threads)
+    folder = out or Path(f"race-{options.task.rpartition(':')[2]}")
+    torch.set_num_threads(options.threads)
+    fresh = Race(options)
+    report.claim(folder)
+    if (folder / checkpoint.CHECKPOINT).exists():
+        print(f"Starting over in {folder}, which held a stopped race.")
+        (folder / checkpoint.CHECKPOINT).unlink()
+    report.write_results(folder, report.collect(fresh))
+    _play(fresh, folder)
+
+
+def _options(task: str, text: Path | None, optimizers: str | None, lr: list[str], steps: int | None, seeds: str,
+             frequency: int, threads: int | None) -> Options:  # fmt: skip
+    """Read the words of the command line.
+
+    Raises:
+        LabError: one of them is wrong.
+    """
+    import torch
+
+    from emerging_optimizers.lab.optimizers import DEFAULT_OPTIMIZERS, is_tuned
+    from emerging_optimizers.lab.options import Options, read_learning_rates, read_optimizers, read_seeds
+    from emerging_optimizers.lab.tasks import task_class
+
+    task_class(task)
+    if text is not None and task != "charlm":
+        raise LabError(f"--text belongs to the task charlm, not to {task}")
+    names = read_optimizers(optimizers) if optimizers else DEFAULT_OPTIMIZERS
+    rates = read_learning_rates(lr, names, task)
+    untuned = [name for name in names if not any(word.startswith(f"{name}=") for word in lr)]
+    if untuned and not is_tuned(task):
+        print(f"Learning rates of {', '.join(untuned)} are not tuned for this task; compare several with --lr.")
+    return Options(
+        task=task,
+        text=None if text is None else str(text.absolute()),
+        learning_rates=rates,
+        seeds=read_seeds(seeds),
+        steps=steps,
+        frequency=frequency,
+        threads=threads or torch.get_num_threads(),
+    )
+
+
+def _play(race: Race, folder: Path) -> None:
+    """Run a race to its end or to Ctrl-C, and leave report and checkpoint in the folder."""
+    from rich.console import Console
+
+    from emerging_optimizers.lab import checkpoint, display, report
+    from emerging_optimizers.lab.signals import StopRequest
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a pipe has no width of its own
+    display.print_routing(race, console)
+    with StopRequest() as stop:
+        saved = monotonic()
+        with display.display_for(race, console) as show:
+            for run in race.play():
+                show.update(run)
+                if stop.received is not None:
+                    break
+                if monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                    checkpoint.save(folder, race.state())
+                    saved = monotonic()
+        if not race.finished:
+            checkpoint.save(folder, race.state())
+        lines, verdict = report.write(folder, race)
+        if race.finished:  # only after the report: until then the checkpoint is all there is
+            (folder / checkpoint.CHECKPOINT).unlink(missing_ok=True)
+    display.print_summary(lines, console)
+    console.print(verdict, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Report: {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    if stop.received is not None and not race.finished:
+        console.print(f"Stopped. To go on: soap race --resume {folder}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(128 + stop.received)
+
+
+def _complain(message: str) -> int:
+    print(f"soap: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: words after ``soap``; None takes the process's own.
+
+    Returns:
+        The exit code: 0, 2 for a mistake in the command, 130 or 143 after a stop by signal.
+    """
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="soap")
+    except LabError as error:
+        return _complain(str(error))
+    except typer.TyperException as error:
+        return _complain(f"{error.format_message()} See soap race --help.")
+    except ModuleNotFoundError as error:
+        if error.name not in {"matplotlib", "numpy", "rich", "sklearn"}:
+            raise
+        return _complain(EXTRA)
+    return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

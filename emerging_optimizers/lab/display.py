@@ -1,0 +1,165 @@
+"""What a race shows while it runs and at its end: a live table on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from time import monotonic
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from emerging_optimizers.lab.race import Race, Run
+from emerging_optimizers.lab.results import COLUMNS, LABELS, Line, cells, score
+from emerging_optimizers.routing import route_parameters
+
+REDRAW_SECONDS = 0.25
+
+
+class Display(Protocol):
+    """Follows a race, as a context manager."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None: ...  # fmt: skip
+
+    def update(self, run: Run) -> None:
+        """Take note of the run that has just moved."""
+
+
+def display_for(race: Race, console: Console) -> Display:
+    """Choose the display that suits where the output goes."""
+    return LiveDisplay(race, console) if console.is_terminal else PlainDisplay(race, console)
+
+
+class LiveDisplay:
+    """A table with a progress bar per optimizer and learning rate, redrawn in place."""
+
+    def __init__(self, race: Race, console: Console) -> None:
+        self._race = race
+        # No refresh thread: it would take the interpreter from the step that is being timed.
+        self._live = Live(self._table(), console=console, auto_refresh=False)
+        self._drawn = 0.0
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:  # fmt: skip
+        self._live.update(self._table(), refresh=True)
+        self._live.__exit__(kind, error, trace)
+
+    def update(self, run: Run) -> None:
+        """Redraw, unless that was done a moment ago."""
+        if (now := monotonic()) - self._drawn > REDRAW_SECONDS:
+            self._drawn = now
+            self._live.update(self._table(), refresh=True)
+
+    def _table(self) -> Table:
+        table = Table(
+            box=box.SIMPLE,
+            pad_edge=False,
+            collapse_padding=True,
+            caption=f"scores: {self._race.settings.metric}; Ctrl-C stops and saves",
+        )
+        table.add_column("optimizer", no_wrap=True)
+        table.add_column("progress", min_width=10)
+        for heading in ("rate", "step", "train loss", "score", "ms per step", "opt. share"):
+            table.add_column(heading, justify="right")
+        for runs in _rows(self._race):
+            record = runs[0].record
+            done, total = sum(run.step for run in runs), self._race.steps * len(runs)
+            seconds = sum(sum(run.record.step_seconds) for run in runs)
+            own = sum(sum(run.record.optimizer_seconds) for run in runs)
+            sound = [run.record for run in runs if not run.record.diverged]
+            losses = [r.train_loss[-1] for r in sound if r.train_loss]
+            table.add_row(
+                LABELS[record.optimizer] + ("" if len(sound) == len(runs) else f" ({len(runs) - len(sound)} diverged)"),
+                ProgressBar(total=total, completed=done, width=20),
+                f"{record.lr:g}",
+                f"{done // len(runs)}/{self._race.steps}",
+                score(statistics.median(losses)) if losses else "-",
+                score(statistics.median(r.validation[-1] for r in sound)) if sound else "-",
+                f"{1e3 * seconds / done:.0f}" if done else "-",
+                f"{own / seconds:.0%}" if seconds else "-",
+            )
+        return table
+
+
+class PlainDisplay:
+    """One line per tenth of the race, for logs and pipes."""
+
+    def __init__(self, race: Race, console: Console) -> None:
+        self._race = race
+        self._console = console
+        self._told = max(10 * run.step // race.steps for run in race.runs)
+        self._begin = monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:  # fmt: skip
+        pass
+
+    def update(self, run: Run) -> None:
+        """Print a line when all runs have come through another tenth of their steps."""
+        step = run.step
+        level = all(other.step == step or other.record.diverged for other in self._race.runs)
+        if not level or 10 * step // self._race.steps <= self._told:
+            return
+        self._told = 10 * step // self._race.steps
+        scores = []
+        for runs in _rows(self._race):
+            record = runs[0].record
+            sound = [r.record.validation[-1] for r in runs if not r.record.diverged]
+            rate = f" {record.lr:g}" if len(self._race.options.learning_rates[record.optimizer]) > 1 else ""
+            scores.append(f"{record.optimizer}{rate} {score(statistics.median(sound)) if sound else 'diverged'}")
+        self._console.print(
+            f"step {step}/{self._race.steps}  {'  '.join(scores)}  [{monotonic() - self._begin:.0f} s]",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _rows(race: Race) -> list[list[Run]]:
+    """Group the runs by optimizer and learning rate, over seeds."""
+    keys = dict.fromkeys((run.record.optimizer, run.record.lr) for run in race.runs)
+    return [[run for run in race.runs if (run.record.optimizer, run.record.lr) == key] for key in keys]
+
+
+def print_routing(race: Race, console: Console) -> None:
+    """Say once which parameters go to SOAP and which to AdamW, and why: one line per reason."""
+    groups: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    for route in route_parameters(race.runs[0].model).routes:
+        groups.setdefault((route.optimizer, route.reason), []).append((route.name, route.numel))
+    total = sum(numel for group in groups.values() for _, numel in group)
+    console.print(f"{total:,} parameters; what SOAP trains and what AdamW does instead:", markup=False, highlight=False)
+    table = Table(box=None)
+    for heading in ("", "tensors", "share", "why", "names"):
+        table.add_column(heading, justify="right" if heading in ("tensors", "share") else "left")
+    for (optimizer, reason), group in groups.items():
+        # blocks.0.up.weight and blocks.1.up.weight read as blocks.*.up.weight.
+        names = dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name, _ in group)
+        share = sum(numel for _, numel in group) / total
+        table.add_row(optimizer, str(len(group)), f"{share:.1%}", reason, ", ".join(names))
+    console.print(table, markup=False, highlight=False)
+
+
+def print_summary(lines: list[Line], console: Console) -> None:
+    """Print the final table, one column per optimizer: so it fits 80 columns."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    names, *rows = zip(COLUMNS, *map(cells, lines), strict=True)
+    for i, name in enumerate(names):
+        table.add_column(name if i else "", justify="right" if i else "left", no_wrap=not i)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, markup=False, highlight=False)

@@ -1,0 +1,202 @@
+"""The race itself: every run from the same start, on the same batches, step by step side by side.
+
+A run is an optimizer with one learning rate and one seed. The runs take turns, `eval_every` steps each, so that their
+curves grow together and slow minutes of the machine fall on all of them alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from emerging_optimizers.lab.errors import LabError
+from emerging_optimizers.lab.optimizers import Contender, make_contender
+from emerging_optimizers.lab.options import Options
+from emerging_optimizers.lab.tasks import Task, make_task, settings_of
+
+FORMAT = "soap-race-checkpoint/1"
+WARMUP_STEPS = 10
+
+
+@dataclass
+class Record:
+    """What is kept of a run: plain numbers, all finite.
+
+    Attributes:
+        optimizer: the contender's name.
+        lr: peak learning rate.
+        seed: of the start weights and the batches.
+        parameters: numbers that the model learns.
+        eval_steps: steps done when `validation` was measured, from 0.
+        validation: the task's score, one per entry of `eval_steps`.
+        train_loss: of each step's batch, before the step.
+        step_seconds: forward, backward and optimizer of each step, without making the batch and validating.
+        optimizer_seconds: the optimizer's part of it.
+        state_bytes: of the optimizer's state tensors.
+        diverged: why the run does not count, or None.
+    """
+
+    optimizer: str
+    lr: float
+    seed: int
+    parameters: int
+    eval_steps: list[int]
+    validation: list[float]
+    train_loss: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    optimizer_seconds: list[float] = field(default_factory=list)
+    state_bytes: int = 0
+    diverged: str | None = None
+
+
+@dataclass
+class Run:
+    """One model in training."""
+
+    task: Task
+    model: nn.Module
+    contender: Contender
+    record: Record
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.record.train_loss)
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Compute the schedule's factor at a step (0-based): a short linear warm-up, then linear to zero."""
+    return min(1.0, (step + 1) / (WARMUP_STEPS + 1)) * (1.0 - step / steps)
+
+
+class Race:
+    """All runs of a race.
+
+    Args:
+        options: what to race.
+
+    Raises:
+        LabError: the task or an optimizer cannot be set up.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.runs: list[Run] = []
+        self._starts: dict[int, tuple[float, float]] = {}  # seed -> score of the start weights, loss of batch 0
+        for seed in options.seeds:
+            task = make_task(options.task, seed, options.task_options())
+            self.settings = settings_of(task)
+            self.steps = options.steps or self.settings.steps
+            torch.manual_seed(seed)
+            start = task.model()
+            self._starts[seed] = _score(task, start)
+            for name, rates in options.learning_rates.items():
+                self.runs += [self._run(task, start, name, lr, seed) for lr in rates]
+
+    def _run(self, task: Task, start: nn.Module, name: str, lr: float, seed: int) -> Run:
+        model = copy.deepcopy(start)
+        contender = make_contender(name, model, lr, self.options.task, self.options.frequency)
+        parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        return Run(task, model, contender, Record(name, lr, seed, parameters, [0], [self._starts[seed][0]]))
+
+    @property
+    def finished(self) -> bool:
+        """Whether every run has done its steps or has diverged."""
+        return all(run.record.diverged or run.step == self.steps for run in self.runs)
+
+    def play(self) -> Iterator[Run]:
+        """Go on to the end, one step per item: the run that has just moved.
+
+        Between two items everything is consistent: that is where to stop, save or draw. Playing again goes on.
+        """
+        every = self.settings.eval_every
+        for goal in [*range(every, self.steps, every), self.steps]:
+            for run in self.runs:
+                while run.step < goal and not run.record.diverged:
+                    self._advance(run)
+                    if run.step == goal and not run.record.diverged:
+                        self._evaluate(run)
+                    yield run
+
+    def _advance(self, run: Run) -> None:
+        """Take one training step."""
+        record, step = run.record, run.step
+        batch = run.task.batch(step)
+        # A model with dropout draws the same masks for every optimizer, and again after a resume.
+        torch.manual_seed(record.seed * 1_000_003 + step + 500_000)  # far from the streams of `step_generator`
+        run.model.train()
+        run.contender.schedule(learning_rate_factor(step, self.steps))
+        begin = perf_counter()
+        loss = run.task.loss(run.model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        middle = perf_counter()
+        run.contender.step()
+        run.contender.zero_grad()
+        end = perf_counter()
+        if not math.isfinite(value := loss.item()):
+            record.diverged = f"training loss {value} at step {step + 1}"
+            return
+        record.train_loss.append(value)
+        record.step_seconds.append(round(end - begin, 7))
+        record.optimizer_seconds.append(round(end - middle, 7))
+
+    def _evaluate(self, run: Run) -> None:
+        """Score the run."""
+        record = run.record
+        run.model.eval()
+        value = float(run.task.validate(run.model))
+        record.state_bytes = run.contender.state_bytes()
+        if not math.isfinite(value):
+            record.diverged = f"{self.settings.metric} {value} at step {run.step}"
+            return
+        record.eval_steps.append(run.step)
+        record.validation.append(value)
+        if run.step == self.steps and value > record.validation[0]:
+            record.diverged = f"ended at {value:.4g}, worse than its start at {record.validation[0]:.4g}"
+
+    def state(self) -> dict[str, Any]:
+        """Collect all that a later `restore` needs: tensors are shared with the runs, not copied."""
+        runs = [
+            {"record": asdict(r.record), "model": r.model.state_dict(), "optimizer": r.contender.state_dict()}
+            for r in self.runs
+        ]
+        return {"format": FORMAT, "options": asdict(self.options), "starts": self._starts, "runs": runs}
+
+    @classmethod
+    def restore(cls, state: dict[str, Any]) -> Race:
+        """Make the race that `state` was taken from, ready to go on bit for bit.
+
+        Raises:
+            LabError: the state is not a race's, or the task is no longer the one that it began with.
+        """
+        if state.get("format") != FORMAT:
+            raise LabError(f"the checkpoint is not of the format {FORMAT}; start a new race")
+        race = cls(Options(**state["options"]))
+        for seed, start in state["starts"].items():
+            # Another machine may round differently; other data or another model is further away than that.
+            if not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(start, race._starts[seed], strict=True)):
+                raise LabError("the task or its text has changed since the race began; start a new race")
+        for run, saved in zip(race.runs, state["runs"], strict=True):
+            run.record = Record(**saved["record"])
+            run.model.load_state_dict(saved["model"])
+            run.contender.load_state_dict(saved["optimizer"])
+        return race
+
+
+def _score(task: Task, start: nn.Module) -> tuple[float, float]:
+    """Score the start weights: what `validate` says, and the loss of the first batch."""
+    model = copy.deepcopy(start)
+    torch.manual_seed(0)  # for a model with dropout
+    loss = task.loss(model, task.batch(0)).item()
+    model.eval()
+    score = float(task.validate(model))
+    if not (math.isfinite(score) and math.isfinite(loss)):
+        raise LabError(f"the task's start has the score {score} and the loss {loss}: both must be finite")
+    return score, loss

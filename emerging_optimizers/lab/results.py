@@ -1,0 +1,186 @@
+"""What a race has shown: records of runs in, one line per optimizer out.
+
+"AdamW's best" of a seed is the lowest score that AdamW, at its best learning rate, had in that seed. An optimizer
+reaches it at its first evaluation with that score or a lower one. Over seeds, medians are taken; a run that diverged,
+or that never reached AdamW's best, counts as infinitely bad in them.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from emerging_optimizers.lab.race import Record
+
+LABELS = {
+    "soap": "SOAP",
+    "soap-kronecker": "SOAP (Kronecker)",
+    "kl-soap": "KL-SOAP",
+    "adamw": "AdamW",
+    "muon": "Muon",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One optimizer's result at its best learning rate. None stands for: diverged, or never.
+
+    Attributes:
+        optimizer: the contender's name.
+        lr: the learning rate with the lowest median of best scores.
+        rates: number of learning rates tried.
+        seeds: number of runs at `lr`.
+        diverged: how many of them diverged.
+        final: last score, median over seeds.
+        best: lowest score, median over seeds.
+        best_by_seed: lowest score of each seed, None where it diverged.
+        steps: steps until AdamW's best, median.
+        seconds: training seconds until AdamW's best, median.
+        step_fraction: `steps` as a fraction of those that AdamW took to its best, median of the seeds' fractions.
+        second_fraction: the same of the seconds.
+        optimizer_share: optimizer's part of the training time.
+        median_step: seconds. The first step of a run is left out here and in the next, as it allocates.
+        worst_step: seconds.
+        bytes_per_parameter: optimizer state.
+    """
+
+    optimizer: str
+    lr: float
+    rates: int
+    seeds: int
+    diverged: int
+    final: float | None
+    best: float | None
+    best_by_seed: tuple[float | None, ...]
+    steps: float | None
+    seconds: float | None
+    step_fraction: float | None
+    second_fraction: float | None
+    optimizer_share: float | None
+    median_step: float | None
+    worst_step: float | None
+    bytes_per_parameter: float
+
+
+def seconds_at_evaluations(record: Record) -> list[float]:
+    """Compute the training seconds spent at each evaluation."""
+    elapsed = [0.0, *accumulate(record.step_seconds)]
+    return [elapsed[step] for step in record.eval_steps]
+
+
+def comparable(records: Sequence[Record]) -> list[Record]:
+    """Cut the scores of a stopped race down to the evaluations that all its runs have come to.
+
+    Otherwise the runs that happened to have their turn would look better. A finished race stays as it is.
+    """
+    shared = min((r.eval_steps[-1] for r in records if not r.diverged), default=0)
+    cut = [sum(step <= shared for step in r.eval_steps) if not r.diverged else None for r in records]
+    return [
+        replace(r, eval_steps=r.eval_steps[:n], validation=r.validation[:n]) for r, n in zip(records, cut, strict=True)
+    ]
+
+
+def best_runs(records: Sequence[Record], optimizer: str) -> list[Record]:
+    """Select an optimizer's runs at its best learning rate, in the order of the records."""
+    rates = dict.fromkeys(r.lr for r in records if r.optimizer == optimizer)
+    groups = [[r for r in records if (r.optimizer, r.lr) == (optimizer, lr)] for lr in rates]
+    return min(groups, key=lambda group: statistics.median(map(_best, group)), default=[])
+
+
+def summarise(records: Sequence[Record]) -> list[Line]:
+    """Summarise a race: one line per optimizer, the best score first, diverged ones last."""
+    adamw = {r.seed: r for r in best_runs(records, "adamw")}
+    names = dict.fromkeys(r.optimizer for r in records)
+    lines = [_line(records, name, adamw) for name in names]
+    return sorted(lines, key=lambda line: math.inf if line.best is None else line.best)
+
+
+def _line(records: Sequence[Record], optimizer: str, adamw: dict[int, Record]) -> Line:
+    runs = best_runs(records, optimizer)
+    goals = [_reach(r, adamw.get(r.seed)) for r in runs]  # (steps, seconds)
+    own = [_reach(adamw[r.seed], adamw[r.seed]) if r.seed in adamw else (math.inf, math.inf) for r in runs]
+    later = [(a, b) for r in runs for a, b in zip(r.step_seconds[1:], r.optimizer_seconds[1:], strict=True)]
+    steps = [step for step, _ in later]
+    return Line(
+        optimizer=optimizer,
+        lr=runs[0].lr,
+        rates=len({r.lr for r in records if r.optimizer == optimizer}),
+        seeds=len(runs),
+        diverged=sum(r.diverged is not None for r in runs),
+        final=_median(math.inf if r.diverged else r.validation[-1] for r in runs),
+        best=_median(map(_best, runs)),
+        best_by_seed=tuple(None if r.diverged else _best(r) for r in runs),
+        steps=_median(goal[0] for goal in goals),
+        seconds=_median(goal[1] for goal in goals),
+        step_fraction=_median(_ratio(goal[0], base[0]) for goal, base in zip(goals, own, strict=True)),
+        second_fraction=_median(_ratio(goal[1], base[1]) for goal, base in zip(goals, own, strict=True)),
+        optimizer_share=sum(part for _, part in later) / sum(steps) if sum(steps) else None,
+        median_step=_median(steps) if steps else None,
+        worst_step=max(steps, default=None),
+        bytes_per_parameter=max(r.state_bytes / r.parameters for r in runs),
+    )
+
+
+def _best(record: Record) -> float:
+    return math.inf if record.diverged else min(record.validation)
+
+
+def _reach(record: Record, adamw: Record | None) -> tuple[float, float]:
+    """Find the steps and seconds until AdamW's best of the same seed; infinite if never."""
+    if adamw is None or adamw.diverged or record.diverged:
+        return math.inf, math.inf
+    evaluations = zip(record.eval_steps, seconds_at_evaluations(record), record.validation, strict=True)
+    return next(((n, s) for n, s, score in evaluations if score <= min(adamw.validation)), (math.inf, math.inf))
+
+
+def _ratio(part: float, whole: float) -> float:
+    # A whole of 0: AdamW never got below its start. Infinity: it diverged. No fraction of them has a meaning.
+    return part / whole if 0 < whole < math.inf else math.inf
+
+
+def _median(values: Iterable[float]) -> float | None:
+    value = statistics.median(values)
+    return value if math.isfinite(value) else None
+
+
+COLUMNS = (
+    "optimizer",
+    "peak rate",
+    "final",
+    "best",
+    "steps to AdamW's best",
+    "seconds to AdamW's best",
+    "optimizer share",
+    "median step",
+    "worst step",
+    "state, B/param",
+)
+
+
+def cells(line: Line) -> tuple[str, ...]:
+    """Format a line for a table with the headings `COLUMNS`."""
+    lost = f" ({line.diverged} of {line.seeds} diverged)" if line.diverged and line.best is not None else ""
+    return (
+        LABELS[line.optimizer] + lost,
+        f"{line.lr:g}" + (f" (best of {line.rates})" if line.rates > 1 else ""),
+        "diverged" if line.final is None else score(line.final),
+        "diverged" if line.best is None else score(line.best),
+        _goal("" if line.steps is None else f"{line.steps:.0f}", line.step_fraction),
+        _goal("" if line.seconds is None else f"{line.seconds:.1f}", line.second_fraction),
+        "-" if line.optimizer_share is None else f"{line.optimizer_share:.0%}",
+        "-" if line.median_step is None else f"{1e3 * line.median_step:.1f} ms",
+        "-" if line.worst_step is None else f"{1e3 * line.worst_step:.1f} ms",
+        f"{line.bytes_per_parameter:.1f}",
+    )
+
+
+def score(value: float) -> str:
+    """Format a score with three decimals, or three digits where it is below 1."""
+    return f"{value:.3f}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def _goal(value: str, fraction: float | None) -> str:
+    return "-" if not value else value if fraction is None else f"{value} ({fraction:.0%})"

@@ -1,0 +1,168 @@
+"""The command as its user meets it: files it leaves, mistakes answered in one line, Ctrl-C and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emerging_optimizers.lab.cli import main
+from emerging_optimizers.lab.signals import StopRequest
+
+
+def results(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return loaded
+
+
+def test_a_short_race_leaves_results_picture_and_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["race", "--task", "tiny_tasks:Tiny", "--steps", "20", "--seeds", "0,1", "--lr", "soap=1e-2,3e-2"]
+    assert main([*words, "--threads", "1"]) == 0
+    out = capsys.readouterr()
+    assert out.err == ""
+    assert "not tuned for this task" in out.out
+    assert "wins" in out.out or "level" in out.out
+    assert "fewer than 2 axes" in out.out  # the routing and its reasons
+    left = folder / "race-Tiny"
+    assert sorted(path.name for path in left.iterdir()) == ["loss.png", "report.html", "results.json"]
+    assert (left / "loss.png").read_bytes().startswith(b"\x89PNG")
+    page = (left / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "Machine" in page
+    found = results(left)
+    assert found["finished"] is True
+    assert found["verdict"] in out.out.replace("\n", " ")
+    assert [(r["optimizer"], r["lr"]) for r in found["runs"]][:3] == [("soap", 0.01), ("soap", 0.03),
+                                                                     ("soap-kronecker", 0.003)]  # fmt: skip
+    assert len(found["runs"]) == 10
+    assert {line["optimizer"] for line in found["summary"]} == {"soap", "soap-kronecker", "adamw", "muon"}
+    assert str(folder) not in (left / "results.json").read_text()
+
+    assert main([*words, "--threads", "1"]) == 0  # a folder of ours is overwritten
+    again = results(left)
+    assert [r["train_loss"] for r in again["runs"]] == [r["train_loss"] for r in found["runs"]]
+
+
+def test_the_default_task_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["race", "--steps", "2", "--optimizers", "soap,adamw", "--threads", "1", "--out", "here"]
+    assert main(words) == 0
+    found = results(folder / "here")
+    assert found["task"]["name"] == "charlm"
+    assert all(run["eval_steps"] == [0, 2] for run in found["runs"])
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--task", "digit"], "unknown task 'digit': did you mean 'digits'?"),
+        (["--task", "tiny_tasks:Half"], "lacks the method(s) loss, validate"),
+        (["--optimizers", "soap,adamv"], "--optimizers: unknown optimizer 'adamv': did you mean 'adamw'?"),
+        (["--optimizers", "soap,soap"], "an optimizer is there twice"),
+        (["--stps", "3"], "--stps"),
+        (["--steps", "0"], "--steps"),
+        (["--steps", "many"], "--steps"),
+        (["--lr", "soap"], "--lr soap: expected optimizer=rate"),
+        (["--lr", "soap=fast"], "--lr soap=fast: expected optimizer=rate"),
+        (["--lr", "soap=-1"], "--lr soap=-1: expected optimizer=rate"),
+        (["--lr", "soup=1e-3"], "--lr: unknown optimizer 'soup': did you mean 'soap'?"),
+        (["--lr", "kl-soap=1e-3"], "kl-soap does not race; add it with --optimizers"),
+        (["--seeds", "0,x"], "--seeds 0,x: expected different whole numbers"),
+        (["--seeds", "1,1"], "--seeds 1,1: expected different whole numbers"),
+        (["--text", "missing.txt"], "missing.txt: No such file or directory; name a readable text file"),
+        (["--task", "digits", "--text", "short.txt"], "--text belongs to the task charlm"),
+        (["--text", "short.txt"], "5 characters are too few"),
+        (["--task", "tiny_tasks:Tiny", "--out", "foreign"], "--out foreign: the folder is not empty and not a race's"),
+        (["--task", "tiny_tasks:Tiny", "--out", "short.txt"], "--out short.txt: cannot be made"),
+        (["--resume", "foreign"], "--resume foreign: nothing to resume there"),
+        (["--resume", "foreign", "--steps", "3"], "leave out --steps"),
+        (["extra"], "extra"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], complaint: str
+) -> None:
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "thesis.tex").write_text("precious")
+    (folder / "short.txt").write_text("short")
+    assert main(["race", *words]) == 2
+    err = capsys.readouterr().err
+    assert complaint in err
+    assert err.count("\n") == 1
+    assert err.startswith("soap: ")
+    assert [path.name for path in (folder / "foreign").iterdir()] == ["thesis.tex"]
+    assert not list(folder.glob("race-*"))
+
+
+def test_a_diverged_run_is_reported_as_diverged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--optimizers", "soap,adamw", "--lr", "adamw=1e9", "--lr", "soap=1e-2", "--threads", "1"]
+    assert main(["race", "--task", "tiny_tasks:Tiny", *words]) == 0
+    assert "Diverged, at the learning rates given: AdamW." in capsys.readouterr().out
+    found = results(folder / "race-Tiny")
+    assert found["summary"][1]["best"] is None
+    assert "diverged" in (folder / "race-Tiny" / "report.html").read_text()
+
+
+def test_without_the_extra_one_line_says_how_to_get_it(tmp_path: Path) -> None:
+    hide = "import sys; sys.modules['typer'] = None; import emerging_optimizers.lab.cli"
+    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 2
+    assert done.stderr == 'soap: this command needs an extra: pip install "emerging-optimizers[lab]"\n'
+
+
+def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
+    look = (
+        "import sys; from emerging_optimizers.lab.cli import main; main(['race', '--help']);"
+        "print(sorted({'torch', 'numpy', 'matplotlib', 'sklearn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert "--optimizers" in done.stdout
+    assert done.stdout.endswith("[]\n")
+
+
+def test_a_stopped_race_leaves_a_report_and_resumes_bit_for_bit(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["race", "--task", "tiny_tasks:Slow", "--optimizers", "soap-kronecker,muon", "--threads", "1"]
+    command = [sys.executable, "-m", "emerging_optimizers.lab", *words, "--out", "cut"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:  # well into the race, but far from its end
+            if line.startswith("step 10/30"):
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+    assert process.returncode == 130
+    assert "soap race --resume cut" in rest
+    assert "Stopped early; so far:" in rest
+    names = ["checkpoint.pt", "loss.png", "report.html", "results.json"]
+    assert sorted(path.name for path in (folder / "cut").iterdir()) == names
+    stopped = results(folder / "cut")
+    assert stopped["finished"] is False
+    assert all(0 < len(run["train_loss"]) < 30 for run in stopped["runs"])
+
+    assert main(["race", "--resume", "cut"]) == 0
+    assert main([*words, "--out", "whole"]) == 0
+    cut, whole = results(folder / "cut"), results(folder / "whole")
+    assert cut["finished"] is True
+    assert not (folder / "cut" / "checkpoint.pt").exists()
+    for a, b in zip(cut["runs"], whole["runs"], strict=True):
+        assert len(a["train_loss"]) == 30
+        assert (a["train_loss"], a["validation"]) == (b["train_loss"], b["validation"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_a_request_until_the_second_one(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.received is None
+        signal.raise_signal(number)
+        assert stop.received == number
+        assert signal.getsignal(number) is signal.SIG_DFL
+    assert signal.getsignal(number) is before
