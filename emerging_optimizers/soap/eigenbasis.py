@@ -121,12 +121,17 @@ def orthogonal_iteration(
         products = torch.bmm(factors, bases)
     quotients = (bases * products).sum(-2)
     order = torch.argsort(quotients, dim=-1, descending=True, stable=True)
-    bases = torch.linalg.qr(torch.take_along_dim(products, order.unsqueeze(-2), dim=-1)).Q
+    bases = _orthonormalize(products.gather(-1, order.unsqueeze(-2).expand_as(products)))
     for _ in range(power_iter_steps - 1):
         with fp32_matmul_precision(matmul_precision):
             products = torch.bmm(factors, bases)
-        bases = torch.linalg.qr(products).Q
+        bases = _orthonormalize(products)
     return bases, order
+
+
+def _orthonormalize(matrices: Tensor) -> Tensor:
+    """``Q`` of the Householder QR of each matrix. ``torch.linalg.qr`` would also spend time on ``R``."""
+    return torch.linalg.householder_product(*torch.geqrf(matrices))
 
 
 def basis_holds(factors: Tensor, bases: Tensor, tolerance: float) -> Tensor:

@@ -71,7 +71,7 @@ def refresh_eigenbasis_and_moments(
             matmul_precision=matmul_precision,
         )
         new_bases.append(basis)
-        permuted = torch.take_along_dim(permuted, _along(order, axis, permuted), dim=1 + axis)
+        permuted = permuted.gather(1 + axis, _along(order, axis, permuted).expand_as(permuted))
         any_refreshed |= refreshed
 
     original = exp_avg if bases is None else project_back(exp_avg, bases)

@@ -252,11 +252,16 @@ class SOAP(WeightDecayMixin, Optimizer):
         if group["maximize"]:
             grad = -grad
         grad = self.regularized_grad(grad, weight, group)
-        finite = None
-        if group["nonfinite"] == "skip":
-            finite = is_usable(grad)
-            grad = torch.where(finite, grad, 0.0)
+        finite = is_usable(grad) if group["nonfinite"] == "skip" else None
+        if finite is not None:
             state["skipped_steps"] += ~finite
+            if masks_on(grad.device):
+                grad = torch.where(finite, grad, 0.0)
+            elif finite:
+                finite = None
+            else:
+                state["step"] += 1
+                return
 
         grad = as_stack(grad, layout)
         exp_avg, exp_avg_sq = as_stack(state["exp_avg"], layout), as_stack(state["exp_avg_sq"], layout)
@@ -379,7 +384,12 @@ def is_usable(grad: Tensor) -> Tensor:
     An entry that overflows when squared would set its second moment to Inf and freeze its weight for good.
     """
     norm: Tensor = torch.linalg.vector_norm(grad)
-    return norm.square().isfinite()
+    return norm < torch.finfo(grad.dtype).max ** 0.5  # false for NaN too
+
+
+def masks_on(device: torch.device) -> bool:
+    """Whether to decide on the device, with masks, what could be branched on: yes where asking would mean waiting."""
+    return device.type != "cpu"
 
 
 def clip_rms(update: Tensor, max_rms: float) -> Tensor:

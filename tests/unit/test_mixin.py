@@ -13,9 +13,7 @@ class SGD(WeightDecayMixin, torch.optim.Optimizer):
 
     def __init__(self, params: object, lr: float, weight_decay: float, weight_decay_method: str) -> None:
         self.validate_weight_decay(weight_decay, weight_decay_method)
-        super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, "weight_decay_method": weight_decay_method}
-        )
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "weight_decay_method": weight_decay_method})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -27,7 +25,8 @@ class SGD(WeightDecayMixin, torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize(
-    ("method", "expected"), [("decoupled", 2 - 0.5 * 0.1 * 2 - 0.5), ("independent", 2 - 0.1 * 2 - 0.5), ("l2", 2 - 0.6)]
+    ("method", "expected"),
+    [("decoupled", 2 - 0.5 * 0.1 * 2 - 0.5), ("independent", 2 - 0.1 * 2 - 0.5), ("l2", 2 - 0.6)],
 )
 @pytest.mark.parametrize("lr", [0.5, torch.tensor([0.5], dtype=torch.float64)])
 def test_each_method_follows_its_formula(method: str, expected: float, lr: float) -> None:

@@ -14,6 +14,7 @@ from emerging_optimizers.adam import adam_direction, raise_to_floor
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.schedules import LinearFrequency
 from emerging_optimizers.soap import SOAP
+from emerging_optimizers.soap import soap as soap_module
 
 MODES = {
     "default": {},
@@ -177,9 +178,11 @@ def test_a_tensor_without_gradient_signal_waits_for_it_with_its_first_basis() ->
 @pytest.mark.parametrize("weight_decay_method", ["decoupled", "independent", "l2"])
 @pytest.mark.parametrize("warm", [0, 4])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("masks", [False, True])
 def test_a_nonfinite_gradient_leaves_that_tensor_untouched_and_is_counted(
-    weight_decay_method: str, warm: int, bad: float
+    weight_decay_method: str, warm: int, bad: float, masks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(soap_module, "masks_on", lambda device: masks)  # what a GPU does, on the CPU
     options = {"lr": 0.1, "weight_decay": 0.1, "weight_decay_method": weight_decay_method, "use_kl_shampoo": warm > 0}
     parameters = [nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3, 4))]
     optimizer = SOAP(parameters, precondition_1d=True, eps=0.0 if warm == 0 else 1e-8, **options)

@@ -7,7 +7,6 @@ any UTF-8 file. Its last tenth is for validation.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -78,6 +77,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only language model with learned positions and an untied output head, 0.6 million parameters.
 
+    Initialised as torch does by default. GPT-2's initialisation (0.02, less for the layers that write into the residual
+    stream) helps SOAP a little and costs AdamW a lot, 2.08 nats against 1.69 in 500 steps, so the race is without it.
+
     Args:
         vocabulary: number of different characters.
     """
@@ -89,13 +91,6 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, vocabulary)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                # GPT-2's initialisation: the layers that write into the residual stream start smaller.
-                writes = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * LAYERS) if writes else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
 
     def forward(self, characters: Tensor) -> Tensor:
         """Map characters (B, T) to logits (B, T, vocabulary)."""
