@@ -1,12 +1,15 @@
-"""The race's default learning rates, from sweeps: read races, keep the best rate of each optimizer, write the tables.
+r"""The race's default learning rates, from sweeps: read races, keep the best rate of each optimizer, write the tables.
 
 A sweep is a race with several rates. These were run, Muon after AdamW, whose tuned rate its remaining parameters get:
 
-    soap race --out sweeps/a --optimizers adamw,soap --lr adamw=1e-3,2e-3,4e-3 --lr soap=3e-3,6e-3,1.2e-2
+    soap race --out sweeps/charlm-a --optimizers adamw,soap \
+        --lr adamw=3e-3,4.5e-3,6e-3,1e-2 --lr soap=3e-3,6e-3,1e-2,1.5e-2
+    soap race --out sweeps/charlm-b --optimizers soap-kronecker,kl-soap,muon \
+        --lr soap-kronecker=3e-3,6e-3,1e-2,1.5e-2 --lr kl-soap=1.5e-3,3e-3,6e-3 --lr muon=7e-3,1.5e-2,3e-2
     python benchmarks/learning_rates.py sweeps/*/results.json
 
-Runs with the same optimizer, rate and seed are expected to be there once. What is kept of each (task, optimizer, rate, seed, best and
-final score, whether it diverged) goes to ``benchmarks/results/learning_rates.json``, the best rates to the package.
+What is kept of each run (task, optimizer, rate, seed, best and final score, whether it diverged) goes to
+``benchmarks/results/learning_rates.json``, the best rates to the package.
 """
 
 import json

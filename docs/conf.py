@@ -9,9 +9,10 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 exclude_patterns = ["_build"]
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
+autodoc_typehints = "signature"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # autodoc lists the fields of a NamedTuple itself
 
 html_theme = "furo"
 html_title = f"{project} {release}"

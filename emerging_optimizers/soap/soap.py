@@ -254,12 +254,13 @@ class SOAP(WeightDecayMixin, Optimizer):
         grad = self.regularized_grad(grad, weight, group)
         finite = is_usable(grad) if group["nonfinite"] == "skip" else None
         if finite is not None:
-            state["skipped_steps"] += ~finite
             if masks_on(grad.device):
                 grad = torch.where(finite, grad, 0.0)
+                state["skipped_steps"] += ~finite
             elif finite:
                 finite = None
             else:
+                state["skipped_steps"] += 1
                 state["step"] += 1
                 return
 

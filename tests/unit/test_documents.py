@@ -28,6 +28,6 @@ def test_the_task_in_the_docs_can_be_raced(tmp_path: Path, monkeypatch: pytest.M
     (block,) = python_blocks("docs/race.md")
     (tmp_path / "mytask.py").write_text(block)
     monkeypatch.chdir(tmp_path)
-    words = "race --task mytask:Regression --optimizers soap,adamw --steps 20 --threads 1".split()
+    words = ["race", "--task", "mytask:Regression", "--optimizers", "soap,adamw", "--steps", "20", "--threads", "1"]
     assert main([*words, "--lr", "soap=3e-3,1e-2", "--lr", "adamw=1e-3"]) == 0
     assert (tmp_path / "race-Regression" / "report.html").exists()

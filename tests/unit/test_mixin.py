@@ -59,9 +59,16 @@ def test_the_matmul_precision_is_restored_also_after_an_error(precision: str) ->
     switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [switch.fp32_precision for switch in switches]
     inside = {"highest": ["ieee", "ieee"], "high": ["tf32", "tf32"], "medium": ["tf32", "bf16"]}[precision]
-    with pytest.raises(KeyError), fp32_matmul_precision(precision):
-        assert [switch.fp32_precision for switch in switches] == inside
-        raise KeyError
+    seen = []
+
+    def fail_inside() -> None:
+        with fp32_matmul_precision(precision):
+            seen.extend(switch.fp32_precision for switch in switches)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert seen == inside
     assert [switch.fp32_precision for switch in switches] == before
     with pytest.raises(ValueError, match="Invalid matmul precision: 'tf32'"), fp32_matmul_precision("tf32"):
         pass
