@@ -20,6 +20,9 @@ class WeightDecayMixin:
     ``"l2"``                  ``G <- G + weight_decay * W``                gradient of the regularised loss
     ========================  ==========================================  =====================================
 
+    A learning rate of 0 decays nothing, also with "independent": frameworks take such a step to make an optimizer
+    create its state.
+
     An optimizer calls :meth:`validate_weight_decay` where it validates a group, :meth:`regularized_grad` before
     it uses a gradient and :meth:`decay_weight_` before it applies an update. Each does nothing where the group's
     method is another one, so both are called without asking which method is set.
@@ -89,8 +92,9 @@ class WeightDecayMixin:
         """
         if group["weight_decay_method"] == "l2" or group["weight_decay"] == 0:
             return
-        rate = group["weight_decay"]
-        if group["weight_decay_method"] == "decoupled":
-            lr = group["lr"]
-            rate = rate * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
+        lr = group["lr"].reshape(()).to(weight.dtype) if isinstance(group["lr"], Tensor) else group["lr"]
+        scale = lr
+        if group["weight_decay_method"] == "independent":
+            scale = (lr != 0).to(weight.dtype) if isinstance(lr, Tensor) else float(lr != 0)
+        rate = group["weight_decay"] * scale
         weight.mul_(1 - rate if finite is None else 1 - rate * finite.to(weight.dtype))

@@ -131,7 +131,8 @@ def orthogonal_iteration(
 
 def _orthonormalize(matrices: Tensor) -> Tensor:
     """``Q`` of the Householder QR of each matrix. ``torch.linalg.qr`` would also spend time on ``R``."""
-    return torch.linalg.householder_product(*torch.geqrf(matrices))
+    orthonormal: Tensor = torch.linalg.householder_product(*torch.geqrf(matrices))
+    return orthonormal
 
 
 def basis_holds(factors: Tensor, bases: Tensor, tolerance: float) -> Tensor:

@@ -115,3 +115,10 @@ def _require_integer(name: str, value: object, low: int, also: str = "") -> None
 def _require_flag(name: str, value: object, wanted: str) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"Invalid {name}: {value!r} (wanted {wanted})")
+
+
+def name_of(group: dict[str, Any], index: int) -> str:
+    """What to call a group's parameter in an error: its name where the group has names, else its place and shape."""
+    if "param_names" in group:
+        return f"parameter {group['param_names'][index]!r}"
+    return f"parameter {index} of its group, shape {tuple(group['params'][index].shape)}"

@@ -13,7 +13,7 @@ from emerging_optimizers.adam import adam_direction, raise_to_floor
 from emerging_optimizers.mixin import WeightDecayMixin
 from emerging_optimizers.precision import fp32_matmul_precision
 from emerging_optimizers.soap import kronecker
-from emerging_optimizers.soap.checkpoint import load_state_dict_exactly
+from emerging_optimizers.soap.checkpoint import load_exactly, without_callables
 from emerging_optimizers.soap.functional import (
     init_kronecker_factors,
     precondition,
@@ -22,7 +22,7 @@ from emerging_optimizers.soap.functional import (
     update_kronecker_factors_kl_shampoo,
 )
 from emerging_optimizers.soap.layout import Layout, layout_of
-from emerging_optimizers.soap.options import refresh_frequency, validate_options
+from emerging_optimizers.soap.options import name_of, refresh_frequency, validate_options
 from emerging_optimizers.soap.refresh import refresh_eigenbasis_and_moments
 from emerging_optimizers.soap.state import as_stack, has_basis, init_state, stacked, working_dtype
 
@@ -190,16 +190,28 @@ class SOAP(WeightDecayMixin, Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the options, for ``torch.save`` and ``torch.load(weights_only=True)``.
+
+        A ``precondition_frequency`` that is a callable is not part of it.
+        """
+        return without_callables(super().state_dict())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state, keeping the dtype of every state tensor.
+        """Loads a copy of a state, each tensor in the dtype that it has here, whatever the parameter's.
+
+        The saved options replace the optimizer's own, but for a ``precondition_frequency`` that is or was a callable:
+        there the optimizer's own is kept, with a warning if only one of the two is a callable. A state without
+        entries, or from before an option existed, is accepted.
 
         Args:
             state_dict: As returned by :meth:`state_dict`.
 
         Raises:
-            ValueError: The groups do not match this optimizer's.
+            TypeError: Something in it has the wrong type.
+            ValueError: Groups, options, keys or shapes do not fit. Nothing has changed then.
         """
-        load_state_dict_exactly(self, super().load_state_dict, state_dict)
+        load_exactly(self, super().load_state_dict, state_dict)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -232,7 +244,7 @@ class SOAP(WeightDecayMixin, Optimizer):
         for group in self.param_groups:
             with fp32_matmul_precision(group["fp32_matmul_prec"]):
                 for parameter in group["params"]:
-                    if parameter.grad is not None and parameter.numel():
+                    if parameter.grad is not None:
                         self._step_parameter(parameter, group)
         return loss
 
@@ -246,6 +258,9 @@ class SOAP(WeightDecayMixin, Optimizer):
         if not state:
             init_state(state, parameter, layout)
         step = int(state["step"].item())  # on the CPU: nothing waits for the device
+        state["step"] += 1
+        if parameter.numel() == 0:
+            return
 
         weight = parameter.to(dtype)
         grad = parameter.grad.to(dtype)  # type: ignore[union-attr]
@@ -261,7 +276,6 @@ class SOAP(WeightDecayMixin, Optimizer):
                 finite = None
             else:
                 state["skipped_steps"] += 1
-                state["step"] += 1
                 return
 
         grad = as_stack(grad, layout)
@@ -298,7 +312,6 @@ class SOAP(WeightDecayMixin, Optimizer):
             weight.sub_(update, alpha=lr)
         if weight is not parameter:
             parameter.copy_(weight)
-        state["step"] += 1
 
     @staticmethod
     def _update_factors(
@@ -372,9 +385,9 @@ class SOAP(WeightDecayMixin, Optimizer):
         assert grad is not None
         if grad.is_sparse or grad.is_complex():
             kind = "sparse" if grad.is_sparse else "complex"
-            raise RuntimeError(f"SOAP does not support {kind} gradients, got one for {_name_of(group, index)}")
+            raise RuntimeError(f"SOAP does not support {kind} gradients, got one for {name_of(group, index)}")
         if group["nonfinite"] == "raise" and not bool(is_usable(grad.to(working_dtype(parameter)))):
-            raise RuntimeError(f"The gradient of {_name_of(group, index)} has NaN or Inf entries, or overflows")
+            raise RuntimeError(f"The gradient of {name_of(group, index)} has NaN or Inf entries, or overflows")
         step = int(self.state[parameter]["step"].item()) if self.state.get(parameter) else 0
         refresh_frequency(group["precondition_frequency"], step)
 
@@ -385,7 +398,8 @@ def is_usable(grad: Tensor) -> Tensor:
     An entry that overflows when squared would set its second moment to Inf and freeze its weight for good.
     """
     norm: Tensor = torch.linalg.vector_norm(grad)
-    return norm < torch.finfo(grad.dtype).max ** 0.5  # false for NaN too
+    usable: Tensor = norm < torch.finfo(grad.dtype).max ** 0.5  # false for NaN too
+    return usable
 
 
 def masks_on(device: torch.device) -> bool:
@@ -397,10 +411,3 @@ def clip_rms(update: Tensor, max_rms: float) -> Tensor:
     """``U * min(1, max_rms / (rms(U) + 1e-7))`` (Adafactor, arXiv 1804.04235, section 6), on a stack of one."""
     rms: Tensor = torch.linalg.vector_norm(update) / update.numel() ** 0.5
     return update * (max_rms / (rms + 1e-7)).clamp(max=1.0)
-
-
-def _name_of(group: dict[str, Any], index: int) -> str:
-    """What to call a parameter in an error: its name where the group has names, else its place and shape."""
-    if "param_names" in group:
-        return f"parameter {group['param_names'][index]!r}"
-    return f"parameter {index} of its group, shape {tuple(group['params'][index].shape)}"

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from emerging_optimizers.soap.layout import Layout
 
+#: State that the host reads at every step and that is therefore on the CPU.
+HOST_KEYS = ("step", "refresh_step")
+
 
 def working_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype of a parameter's arithmetic and state: float64 for float64, else float32."""

@@ -1,7 +1,6 @@
 """The optimizer as a whole: every mode on a real model, options per group, state, and gradients that cannot be used."""
 
 import copy
-import io
 import itertools
 import logging
 import warnings
@@ -291,54 +290,6 @@ def test_a_tensor_learning_rate_is_read_at_every_step(lr: Tensor) -> None:
             group["lr"] = group["lr"] * 0.5 if isinstance(rate, float) else group["lr"].mul_(0.5)
         trajectories.append(train(optimizer, model, 3, start=3))
     assert trajectories[0] == pytest.approx(trajectories[1], rel=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mode", ["default", "frequency 10", "warm-up", "kl", "kronecker"])
-def test_saving_and_loading_continues_bit_for_bit(mode: str, dtype: torch.dtype) -> None:
-    model = new_model().to(dtype)
-    options = {"lr": 1e-2, **MODES[mode]}
-    optimizer = SOAP(model.parameters(), **options)
-    for steps in (2, 12):
-        train(optimizer, model, steps)
-        file = io.BytesIO()
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-        file.seek(0)
-        saved = torch.load(file, weights_only=True)
-        other = new_model(seed=1).to(dtype)
-        resumed = SOAP(other.parameters(), **options)
-        other.load_state_dict(saved["model"])
-        resumed.load_state_dict(saved["optimizer"])
-        for (p, state), (q, loaded) in zip(optimizer.state.items(), resumed.state.items(), strict=True):
-            assert p.shape == q.shape
-            assert all(torch.equal(state[key], loaded[key]) for key in state)
-            assert {key: value.dtype for key, value in loaded.items()} == {
-                key: value.dtype for key, value in state.items()
-            }
-        assert train(resumed, other, 12, start=30) == train(optimizer, model, 12, start=30)
-        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
-
-
-def test_loading_copies_and_runs_the_users_hooks_once() -> None:
-    model = new_model()
-    optimizer = SOAP(model.parameters(), lr=1e-2)
-    train(optimizer, model, 2)
-    saved, calls = optimizer.state_dict(), []
-    optimizer.register_load_state_dict_pre_hook(lambda *_: calls.append("before"))
-    optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("after"))
-    for _ in range(2):
-        optimizer.load_state_dict(saved)
-    assert calls == ["before", "after"] * 2
-    assert optimizer.state[model.hidden.weight]["Q_0"] is not saved["state"][6]["Q_0"]
-
-
-def test_options_that_a_saved_state_does_not_know_get_their_defaults() -> None:
-    model = new_model()
-    optimizer = SOAP(model.parameters(), lr=1e-2, second_moment_refresh="kronecker")
-    saved = optimizer.state_dict()
-    del saved["param_groups"][0]["second_moment_refresh"]
-    optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["second_moment_refresh"] == "kronecker"
 
 
 # --- options ------------------------------------------------------------------------------------------------------
