@@ -7,6 +7,8 @@ without a basis it is AdamW's own arithmetic.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -91,6 +93,11 @@ def raise_to_floor(exp_avg_sq: Tensor, exp_avg: Tensor, updates: int, betas: tup
     beta1, beta2 = betas
     if updates == 0 or beta2 == 0:
         return exp_avg_sq
-    ratio = beta1**2 / beta2
-    terms = float(updates) if abs(ratio - 1) < 1e-12 else (1 - ratio**updates) / (1 - ratio)
+    if beta1 == 0:
+        terms = 1.0
+    else:
+        log_ratio = math.log(beta1**2 / beta2)
+        if updates * log_ratio > 700:  # exp overflows: c is so large that there is no floor to speak of
+            return exp_avg_sq
+        terms = math.expm1(updates * log_ratio) / math.expm1(log_ratio) if log_ratio else float(updates)
     return torch.maximum(exp_avg_sq, exp_avg.square() * ((1 - beta2) / ((1 - beta1) ** 2 * terms)))

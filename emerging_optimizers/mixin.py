@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 WEIGHT_DECAY_METHODS = ("decoupled", "independent", "l2")
@@ -58,7 +59,7 @@ class WeightDecayMixin:
             TypeError: ``weight_decay`` is not a number.
             ValueError: ``weight_decay`` is negative or not finite, or ``weight_decay_method`` is unknown.
         """
-        if isinstance(weight_decay, bool) or not isinstance(weight_decay, int | float | Tensor):
+        if isinstance(weight_decay, bool) or not isinstance(weight_decay, int | float):
             raise TypeError(f"Invalid weight_decay value: {weight_decay!r} (wanted a number >= 0)")
         if not 0 <= weight_decay < float("inf"):
             raise ValueError(f"Invalid weight_decay value: {weight_decay} (wanted a finite number >= 0)")
@@ -92,9 +93,23 @@ class WeightDecayMixin:
         """
         if group["weight_decay_method"] == "l2" or group["weight_decay"] == 0:
             return
-        lr = group["lr"].reshape(()).to(weight.dtype) if isinstance(group["lr"], Tensor) else group["lr"]
+        working = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        lr = scalar_lr(group["lr"], working)
         scale = lr
         if group["weight_decay_method"] == "independent":
-            scale = (lr != 0).to(weight.dtype) if isinstance(lr, Tensor) else float(lr != 0)
+            scale = (lr != 0).to(working.dtype) if isinstance(lr, Tensor) else float(lr != 0)
         rate = group["weight_decay"] * scale
-        weight.mul_(1 - rate if finite is None else 1 - rate * finite.to(weight.dtype))
+        working.mul_(1 - rate if finite is None else 1 - rate * finite.to(working.dtype))
+        if working is not weight:
+            weight.copy_(working)
+
+
+def scalar_lr(lr: float | Tensor, like: Tensor) -> float | Tensor:
+    """A learning rate that multiplies ``like``: a number as it is, a tensor of one element as a 0-D tensor.
+
+    A tensor on the CPU stays there: torch takes it as it is, and copying it to a GPU would wait for the copy.
+    """
+    if not isinstance(lr, Tensor):
+        return lr
+    scalar = lr.reshape(()).to(like.dtype)
+    return scalar if scalar.device.type == "cpu" else scalar.to(like.device)

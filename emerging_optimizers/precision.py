@@ -48,4 +48,7 @@ def fp32_matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
+            # A value that came from a more general setting must come from there again, and not be pinned here.
+            backend.fp32_precision = "none"
+            if backend.fp32_precision != value:
+                backend.fp32_precision = value

@@ -2,8 +2,8 @@
 
 A schedule is a callable from the step ``t`` (int, 0 for the first step) to a frequency ``f(t)`` (int >= 1).
 SOAP refreshes its eigenbases at step ``t`` when ``t % f(t) == 0``. Any function of that form will do. Those
-here can also be printed (the repr evaluates to an equal schedule), compared, hashed and pickled, and
-``torch.load`` accepts them in a checkpoint.
+here can also be printed (the repr evaluates to an equal schedule), compared, hashed and pickled. SOAP does not save
+them in its ``state_dict``: give the resumed optimizer the same schedule.
 
 Only the current ``f`` decides: nothing counts the steps since the last refresh. While ``f`` changes, the
 refreshes are the steps that their own frequency happens to divide, which may be fewer than ``f`` suggests.
@@ -23,8 +23,6 @@ Steps between frequencies that divide one another avoid this, and so does a chan
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-import torch
 
 __all__ = ["ConstantFrequency", "CosineFrequency", "LinearFrequency", "StepFrequency"]
 
@@ -193,7 +191,3 @@ def _require_int(name: str, value: object, minimum: int) -> None:
 def _require_step(t: int) -> None:
     if t < 0:
         raise ValueError(f"t: got {t!r}, wanted a step of at least 0")
-
-
-# A state_dict holds the groups' options, a schedule among them, and torch.load refuses unknown classes.
-torch.serialization.add_safe_globals([ConstantFrequency, LinearFrequency, CosineFrequency, StepFrequency])

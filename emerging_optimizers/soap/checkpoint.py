@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from emerging_optimizers.soap.layout import layout_of
+from emerging_optimizers.soap.layout import layout_for
 from emerging_optimizers.soap.options import name_of, validate_options
 from emerging_optimizers.soap.state import HOST_KEYS, init_state, working_dtype
 
@@ -128,9 +128,7 @@ def _states_to_load(optimizer: Optimizer, final: dict[str, Any]) -> Iterator[tup
 
 
 def _state_to_load(parameter: Tensor, options: dict[str, Any], saved: dict[str, Any], name: str) -> dict[str, Tensor]:
-    layout = layout_of(
-        tuple(parameter.shape), options["max_precond_dim"], options["precondition_1d"], options["merge_dims"]
-    )
+    layout = layout_for(parameter, options)
     wanted: dict[str, Any] = {}
     init_state(wanted, torch.empty(parameter.shape, dtype=working_dtype(parameter), device="meta"), layout)
     unknown = [key for key in saved if key not in wanted]

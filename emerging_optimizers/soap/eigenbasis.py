@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.precision import fp32_matmul_precision
-from emerging_optimizers.soap.kronecker import rayleigh_quotients
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +42,18 @@ def eigh_bases(factors: Tensor, last_good: Tensor | None = None, shift: float | 
     size = factors.shape[-1]
     diagonal = factors.diagonal(dim1=-2, dim2=-1)
     identity = torch.eye(size, dtype=factors.dtype, device=factors.device)
-    largest = diagonal.amax(-1).abs().view(-1, 1, 1)
-    scaled = factors / torch.where(largest > 0, largest, 1.0)
-    shifted = scaled + identity * (EIGH_SHIFT[factors.dtype] if shift is None else shift)
+    shifted = factors / _largest_diagonal(factors) + identity * (EIGH_SHIFT[factors.dtype] if shift is None else shift)
     bases = _eigenvectors(shifted, identity.expand_as(factors) if last_good is None else last_good)
 
     is_diagonal = factors.count_nonzero((-2, -1)) == diagonal.count_nonzero(-1)
     permutation = identity[:, torch.argsort(diagonal, dim=-1, descending=True, stable=True)].movedim(1, 0)
     return torch.where(is_diagonal.view(-1, 1, 1), permutation, bases)
+
+
+def _largest_diagonal(factors: Tensor) -> Tensor:
+    """The largest diagonal entry of each matrix, (B, 1, 1), or 1 where it is 0: the scale to divide by."""
+    largest = factors.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
+    return torch.where(largest > 0, largest, 1.0).view(-1, 1, 1)
 
 
 def _eigenvectors(matrices: Tensor, last_good: Tensor) -> Tensor:
@@ -103,23 +106,20 @@ def _report_fallback(name: str, matrix: Tensor) -> None:
 
 
 def orthogonal_iteration(
-    factors: Tensor, bases: Tensor, power_iter_steps: int = 1, matmul_precision: str = "high"
+    factors: Tensor, products: Tensor, quotients: Tensor, power_iter_steps: int = 1, matmul_precision: str = "high"
 ) -> tuple[Tensor, Tensor]:
     """Sorts the columns by Rayleigh quotient, then runs ``Q <- qr(K Q).Q`` (SOAP, arXiv 2409.11321, algorithm 4).
 
     Args:
         factors: ``K``, (B, d, d).
-        bases: ``Q``, (B, d, d), orthonormal.
+        products: ``K Q`` for the present, orthonormal bases, (B, d, d).
+        quotients: ``diag(Q^T K Q)``, (B, d).
         power_iter_steps: Number of power steps.
-        matmul_precision: Precision of ``K Q`` from the second power step on. The first product also yields the
-            eigenvalues and is always full float32.
+        matmul_precision: Precision of ``K Q`` from the second power step on.
 
     Returns:
         The new bases (B, d, d), and the order (B, d) in which the old columns were taken.
     """
-    with fp32_matmul_precision("highest"):
-        products = torch.bmm(factors, bases)
-    quotients = (bases * products).sum(-2)
     order = torch.argsort(quotients, dim=-1, descending=True, stable=True)
     bases = _orthonormalize(products.gather(-1, order.unsqueeze(-2).expand_as(products)))
     for _ in range(power_iter_steps - 1):
@@ -135,14 +135,20 @@ def _orthonormalize(matrices: Tensor) -> Tensor:
     return orthonormal
 
 
-def basis_holds(factors: Tensor, bases: Tensor, tolerance: float) -> Tensor:
+def basis_holds(factors: Tensor, quotients: Tensor, tolerance: float) -> Tensor:
     """Whether ``norm(diag(Q^T K Q)) >= (1 - tolerance) * frobenius(K)``, per matrix, (B,) (arXiv 2506.03595).
 
     The left side is the part of ``K`` that is diagonal in the basis; equality means that ``Q`` diagonalises ``K``.
+
+    Args:
+        factors: ``K``, (B, d, d).
+        quotients: ``diag(Q^T K Q)``, (B, d).
+        tolerance: The tolerance.
     """
-    quotients = rayleigh_quotients(factors, bases)
-    diagonal_part: Tensor = torch.linalg.vector_norm(quotients, dim=-1)
-    whole: Tensor = torch.linalg.matrix_norm(factors)
+    # Without the scale, squares of small or large entries leave float32, and 0 >= 0 would hold for ever.
+    scale = _largest_diagonal(factors)
+    diagonal_part: Tensor = torch.linalg.vector_norm(quotients / scale.squeeze(-1), dim=-1)
+    whole: Tensor = torch.linalg.matrix_norm(factors / scale)
     return diagonal_part >= (1 - tolerance) * whole
 
 
@@ -155,7 +161,7 @@ def refresh_bases(
     power_iter_steps: int = 1,
     matmul_precision: str = "high",
     shift: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """New bases for one axis of a stack.
 
     Args:
@@ -168,23 +174,32 @@ def refresh_bases(
         shift: See :func:`eigh_bases`.
 
     Returns:
-        The bases (B, d, d); the order (B, d) by which the second moment must be permuted along this axis (the
-        identity on the ``eigh`` path, where both bases are sorted); and whether each matrix was refreshed, (B,).
+        The bases (B, d, d); the order (B, d) by which the second moment must be permuted along this axis, None where
+        it stays (on the ``eigh`` path, where both bases are sorted); and whether each matrix was refreshed, (B,).
     """
     count, size = factors.shape[:2]
-    unchanged = torch.arange(size, device=factors.device).expand(count, size)
     refreshed = torch.ones(count, dtype=torch.bool, device=factors.device)
     if bases is None:
-        return eigh_bases(factors, shift=shift), unchanged, refreshed
+        return eigh_bases(factors, shift=shift), None, refreshed
+    if use_eigh and adaptive_tolerance is None:
+        return eigh_bases(factors, last_good=bases, shift=shift), None, refreshed
+    # One product serves the eigenvalues, the criterion and the power step. Full float32: in TensorFloat-32 the small
+    # eigenvalues drown in the rounding of the large ones.
+    with fp32_matmul_precision("highest"):
+        products = torch.bmm(factors, bases)
+    quotients = (bases * products).sum(-2)
     if adaptive_tolerance is not None:
-        refreshed = ~basis_holds(factors, bases, adaptive_tolerance)
+        refreshed = ~basis_holds(factors, quotients, adaptive_tolerance)
         if not bool(refreshed.any()):
-            return bases, unchanged, refreshed
+            return bases, None, refreshed
+    order = None
     if use_eigh:
-        new_bases, order = eigh_bases(factors, last_good=bases, shift=shift), unchanged
+        new_bases = eigh_bases(factors, last_good=bases, shift=shift)
     else:
-        new_bases, order = orthogonal_iteration(factors, bases, power_iter_steps, matmul_precision)
+        new_bases, order = orthogonal_iteration(factors, products, quotients, power_iter_steps, matmul_precision)
     if adaptive_tolerance is not None:
         new_bases = torch.where(refreshed.view(-1, 1, 1), new_bases, bases)
-        order = torch.where(refreshed.view(-1, 1), order, unchanged)
+        if order is not None:
+            unchanged = torch.arange(size, device=factors.device).expand(count, size)
+            order = torch.where(refreshed.view(-1, 1), order, unchanged)
     return new_bases, order, refreshed

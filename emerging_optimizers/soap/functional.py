@@ -7,6 +7,7 @@ from ``emerging_optimizers.soap.soap``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ from emerging_optimizers.soap.checks import (
     check_tensor,
 )
 from emerging_optimizers.soap.refresh import refresh_eigenbasis_and_moments
-from emerging_optimizers.soap.soap_utils import working_dtype
+from emerging_optimizers.soap.state import working_dtype
 
 PROJECT = [[0], [0]]
 PROJECT_BACK = [[0], [1]]
@@ -46,7 +47,8 @@ def precondition(
         dims: ``[[0], [0]]`` (default) projects in, ``[[0], [1]]`` projects back.
 
     Returns:
-        A tensor of ``grad``'s shape, in the promoted dtype of ``grad`` and bases, at least float32.
+        A tensor of ``grad``'s shape, in the promoted dtype of ``grad`` and bases, at least float32; ``grad`` itself
+        without bases.
 
     Raises:
         TypeError: An argument is not a (list of) floating-point tensor(s).
@@ -59,13 +61,13 @@ def precondition(
                 [1., 2.]])
     """
     check_tensor("grad", grad)
-    if dims is not None and [list(d) for d in dims] not in (PROJECT, PROJECT_BACK):
+    if dims is not None and dims not in (PROJECT, PROJECT_BACK):
         raise ValueError(f"dims must be {PROJECT} (project) or {PROJECT_BACK} (project back), got {dims}")
     if eigenbasis_list is None:
         return grad
     check_matches("eigenbasis_list", eigenbasis_list, grad.shape, "grad")
-    dtype = working_dtype([grad, *eigenbasis_list])
-    contract = kronecker.project if dims is None or list(dims[1]) == [0] else kronecker.project_back
+    dtype = working_dtype(grad, *eigenbasis_list)
+    contract = kronecker.project_back if dims == PROJECT_BACK else kronecker.project
     return contract(_stack(grad, dtype), _stack_list(eigenbasis_list, dtype)).squeeze(0)
 
 
@@ -90,12 +92,13 @@ def init_kronecker_factors(grad: Tensor, precondition_1d: bool = False) -> list[
         [(2, 2), (3, 3)]
     """
     check_tensor("grad", grad)
-    dtype = working_dtype([grad])
+    dtype = working_dtype(grad)
     if grad.dim() == 1 and not precondition_1d:
         return [torch.empty(0, dtype=dtype, device=grad.device)]
     return [torch.zeros(size, size, dtype=dtype, device=grad.device) for size in grad.shape]
 
 
+@torch.no_grad()
 def update_kronecker_factors(
     kronecker_factor_list: list[Tensor],
     grad: Tensor,
@@ -129,12 +132,13 @@ def update_kronecker_factors(
     check_number("shampoo_beta", shampoo_beta, 0, 1, "between 0 and 1")
     if grad.dim() == 1 and not precondition_1d:
         return
-    dtype = working_dtype([grad, *kronecker_factor_list])
+    dtype = working_dtype(grad, *kronecker_factor_list)
     working = _stack_list(kronecker_factor_list, dtype)
     kronecker.update_factors(working, _stack(grad, dtype), shampoo_beta)
     _write_back(kronecker_factor_list, working)
 
 
+@torch.no_grad()
 def update_kronecker_factors_kl_shampoo(
     kronecker_factor_list: list[Tensor],
     grad: Tensor,
@@ -175,15 +179,16 @@ def update_kronecker_factors_kl_shampoo(
     check_matches("kronecker_factor_list", kronecker_factor_list, grad.shape, "grad")
     check_matches("eigenbasis_list", eigenbasis_list, grad.shape, "grad")
     check_number("shampoo_beta", shampoo_beta, 0, 1, "between 0 and 1")
-    check_number("eps", eps, 0, float("inf"), "at least 0")
-    check_number("eigval_exp", eigval_exp, float("-inf"), float("inf"), "finite")
-    dtype = working_dtype([grad, *kronecker_factor_list])
+    check_number("eps", eps, sys.float_info.min, sys.float_info.max, "finite and greater than 0")
+    check_number("eigval_exp", eigval_exp, -sys.float_info.max, sys.float_info.max, "finite")
+    dtype = working_dtype(grad, *kronecker_factor_list)
     working = _stack_list(kronecker_factor_list, dtype)
     bases = _stack_list(eigenbasis_list, dtype)
     kronecker.update_factors_kl(working, _stack(grad, dtype), shampoo_beta, bases, eps, eigval_exp)
     _write_back(kronecker_factor_list, working)
 
 
+@torch.no_grad()
 def update_eigenbasis_and_momentum(
     kronecker_factor_list: list[Tensor],
     eigenbasis_list: list[Tensor] | None,
@@ -202,7 +207,8 @@ def update_eigenbasis_and_momentum(
     ``V_ij <- sum(V) lam_i mu_j / sum(lam_i mu_j)``. ``momentum`` and ``exp_avg_sq`` are also updated in place.
 
     Source: SOAP, arXiv 2409.11321, algorithms 3 and 4; criterion: arXiv 2506.03595. The treatment of the second
-    moment departs from the paper, see the architecture page.
+    moment departs from the paper, see the architecture page. The optimizer also raises the second moment to its floor
+    (``emerging_optimizers.adam.raise_to_floor``), which needs the betas and is not part of this function.
 
     Args:
         kronecker_factor_list: One (d_k, d_k) factor per axis, or an empty tensor.
@@ -243,7 +249,7 @@ def update_eigenbasis_and_momentum(
         check_matches("eigenbasis_list", eigenbasis_list, exp_avg_sq.shape, "exp_avg_sq")
     check_power_iter_steps(power_iter_steps)
     tolerance = adaptive_tolerance_of(use_adaptive_criteria, adaptive_update_tolerance)
-    dtype = working_dtype([exp_avg_sq, momentum, *kronecker_factor_list])
+    dtype = working_dtype(exp_avg_sq, momentum, *kronecker_factor_list)
     refreshed = refresh_eigenbasis_and_moments(
         _stack_list(kronecker_factor_list, dtype),
         None if eigenbasis_list is None else _stack_list(eigenbasis_list, dtype),

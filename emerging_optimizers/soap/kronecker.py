@@ -90,7 +90,8 @@ def update_factors_kl(
         if factor is None or basis is None:
             roots.append(None)
         else:
-            eigenvalues = rayleigh_quotients(factor, basis).clamp_min(eps)
+            # eps may round to 0 in float32.
+            eigenvalues = rayleigh_quotients(factor, basis).clamp_min(max(eps, torch.finfo(factor.dtype).tiny))
             roots.append(basis * eigenvalues.pow(eigval_exp / 2).unsqueeze(-2))
 
     whitened = []

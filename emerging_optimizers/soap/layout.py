@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 
 class Layout(NamedTuple):
@@ -46,6 +48,11 @@ def layout_of(shape: tuple[int, ...], max_precond_dim: int, precondition_1d: boo
     if prod(working) == 0 or len(working) == 0 or (len(working) == 1 and not precondition_1d):
         return Layout(working, ())
     return Layout(working, tuple(k for k, size in enumerate(working) if size <= max_precond_dim))
+
+
+def layout_for(parameter: Tensor, group: Mapping[str, Any]) -> Layout:
+    """:func:`layout_of` for a parameter and the options of its group."""
+    return layout_of(tuple(parameter.shape), group["max_precond_dim"], group["precondition_1d"], group["merge_dims"])
 
 
 def merge_axes(shape: Sequence[int], max_precond_dim: int) -> tuple[int, ...]:

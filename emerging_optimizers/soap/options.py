@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,8 @@ def validate_options(options: dict[str, Any]) -> None:
         _require_number(f"beta parameter at index {index}", beta, lambda b: 0.0 <= b < 1.0, "in [0, 1)")
     _require_number("shampoo_beta", options["shampoo_beta"], lambda b: b < 1.0, "below 1; negative: betas[1]")
     _require_number("epsilon value", options["eps"], lambda e: 0.0 <= e < float("inf"), "finite, at least 0")
+    if options["eps"] == 0 and options["use_kl_shampoo"] is True:
+        raise ValueError("Invalid epsilon value: 0 (KL factors divide by it: wanted a number > 0 with use_kl_shampoo)")
     WeightDecayMixin.validate_weight_decay(options["weight_decay"], options["weight_decay_method"])
     frequency = options["precondition_frequency"]
     if not callable(frequency):
@@ -82,6 +85,8 @@ def refresh_frequency(frequency: int | Callable[[int], int], step: int) -> int:
         ValueError: The frequency is below 1.
     """
     value = frequency(step) if callable(frequency) else frequency
+    if hasattr(value, "__index__") and not isinstance(value, bool):
+        value = operator.index(value)  # an integer of NumPy's, say
     _require_integer(f"precondition_frequency at step {step}", value, 1)
     return value
 
@@ -90,9 +95,10 @@ def _validate_lr(lr: object) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
+        if lr.device.type != "cpu":
+            return  # looking at it would wait for the device
     elif isinstance(lr, bool) or not isinstance(lr, int | float):
         raise TypeError(f"Invalid learning rate: {lr!r} (wanted a number or a 1-element Tensor)")
-    # A comparison that fails for NaN as well. On a device tensor this waits for it, once, at construction.
     if not 0.0 <= float(lr) < float("inf"):
         raise ValueError(f"Invalid learning rate: {lr}")
 

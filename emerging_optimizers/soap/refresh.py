@@ -56,6 +56,8 @@ def refresh_eigenbasis_and_moments(
         The new bases and moments.
     """
     new_bases: list[Tensor | None] = []
+    if all(factor is None for factor in factors):
+        return Refreshed([None for _ in factors], exp_avg, exp_avg_sq)
     permuted = exp_avg_sq
     any_refreshed = torch.zeros(exp_avg.shape[0], dtype=torch.bool, device=exp_avg.device)
     for axis, factor in enumerate(factors):
@@ -71,7 +73,8 @@ def refresh_eigenbasis_and_moments(
             matmul_precision=matmul_precision,
         )
         new_bases.append(basis)
-        permuted = permuted.gather(1 + axis, _along(order, axis, permuted).expand_as(permuted))
+        if order is not None:
+            permuted = permuted.gather(1 + axis, _along(order, axis, permuted).expand_as(permuted))
         any_refreshed |= refreshed
 
     original = exp_avg if bases is None else project_back(exp_avg, bases)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from emerging_optimizers.adam import adam_direction, raise_to_floor
-from emerging_optimizers.mixin import WeightDecayMixin
+from emerging_optimizers.mixin import WeightDecayMixin, scalar_lr
 from emerging_optimizers.precision import fp32_matmul_precision
 from emerging_optimizers.soap import kronecker
 from emerging_optimizers.soap.checkpoint import load_exactly, without_callables
@@ -21,10 +21,10 @@ from emerging_optimizers.soap.functional import (
     update_kronecker_factors,
     update_kronecker_factors_kl_shampoo,
 )
-from emerging_optimizers.soap.layout import Layout, layout_of
+from emerging_optimizers.soap.layout import Layout, layout_for
 from emerging_optimizers.soap.options import name_of, refresh_frequency, validate_options
 from emerging_optimizers.soap.refresh import refresh_eigenbasis_and_moments
-from emerging_optimizers.soap.state import as_stack, has_basis, init_state, stacked, working_dtype
+from emerging_optimizers.soap.state import as_stack, fits, has_basis, init_state, stacked, working_dtype
 
 __all__ = [
     "SOAP",
@@ -184,7 +184,7 @@ class SOAP(WeightDecayMixin, Optimizer):
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Fills in options that did not exist when the state was saved."""
+        """Fills in options that did not exist when the groups were made."""
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -230,14 +230,17 @@ class SOAP(WeightDecayMixin, Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: A gradient is sparse or complex, or, with ``nonfinite="raise"``, not finite. Nothing has
-                been changed then.
+            RuntimeError: A gradient is sparse or complex, or, with ``nonfinite="raise"``, not finite; or options that
+                decide about a tensor's layout were changed after its first step.
+            TypeError, ValueError: An option was changed to an impossible value.
+                Nothing has been changed in any of these cases.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            validate_options(group)  # a scheduler or a user may have changed them
             for index, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
                     self._check_before_step(parameter, group, index)
@@ -250,9 +253,7 @@ class SOAP(WeightDecayMixin, Optimizer):
 
     def _step_parameter(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Steps 1 to 9 of the algorithm for one parameter; the kernels see it as a stack of one."""
-        layout = layout_of(
-            tuple(parameter.shape), group["max_precond_dim"], group["precondition_1d"], group["merge_dims"]
-        )
+        layout = layout_for(parameter, group)
         state = self.state[parameter]
         dtype = working_dtype(parameter)
         if not state:
@@ -278,7 +279,7 @@ class SOAP(WeightDecayMixin, Optimizer):
                 state["skipped_steps"] += 1
                 return
 
-        grad = as_stack(grad, layout)
+        grad = grad.reshape(1, *layout.shape)
         exp_avg, exp_avg_sq = as_stack(state["exp_avg"], layout), as_stack(state["exp_avg_sq"], layout)
         bases: list[Tensor | None] | None = None
         if layout.axes:
@@ -304,12 +305,7 @@ class SOAP(WeightDecayMixin, Optimizer):
             update = clip_rms(update, group["max_update_rms"])
 
         self.decay_weight_(weight, group, finite)
-        lr = group["lr"]
-        update = update.reshape(parameter.shape)
-        if isinstance(lr, Tensor):
-            weight.sub_(update * lr.reshape(()).to(update.device))
-        else:
-            weight.sub_(update, alpha=lr)
+        weight.sub_(update.reshape(parameter.shape).mul_(scalar_lr(group["lr"], update)))
         if weight is not parameter:
             parameter.copy_(weight)
 
@@ -347,19 +343,18 @@ class SOAP(WeightDecayMixin, Optimizer):
         finite: Tensor | None,
     ) -> None:
         """Step 4: new eigenbases, with the moments carried into them."""
-        if step < group["adam_warmup_steps"]:
+        if not SOAP._is_due(state, group, step):
             return
         factors = stacked(state, "GG", layout)
-        if not has_basis(state):
-            # A zero factor has no eigenbasis: layers behind a zero-initialised one, and tensors whose first gradient
-            # was skipped, wait for their first gradient. eigh waits for the device anyway.
-            if not any(bool(factor.any()) for factor in factors if factor is not None):
-                return
-            bases = None
-        elif step % refresh_frequency(group["precondition_frequency"], step) == 0:
+        bases = None
+        if has_basis(state):
             bases = stacked(state, "Q", layout)
         else:
-            return
+            # A zero factor has no eigenbasis: layers behind a zero-initialised one, and tensors whose first gradient
+            # was skipped, wait for their first gradient. eigh waits for the device anyway. Factors are zero together.
+            factor = state[f"GG_{layout.axes[0]}"]
+            if not bool(factor.any() if finite is None else factor.any() & finite):
+                return
         refreshed = refresh_eigenbasis_and_moments(
             factors,
             bases,
@@ -379,6 +374,13 @@ class SOAP(WeightDecayMixin, Optimizer):
                 old.copy_(new if finite is None else torch.where(finite, new, old))
         state["refresh_step"].fill_(step + 1)
 
+    @staticmethod
+    def _is_due(state: dict[str, Any], group: dict[str, Any], step: int) -> bool:
+        """Whether to refresh at ``step``: not in the warm-up; always without a basis; else every f steps."""
+        if step < group["adam_warmup_steps"]:
+            return False
+        return not has_basis(state) or step % refresh_frequency(group["precondition_frequency"], step) == 0
+
     def _check_before_step(self, parameter: Tensor, group: dict[str, Any], index: int) -> None:
         """Raises what a step could raise, before it changes anything."""
         grad = parameter.grad
@@ -388,8 +390,16 @@ class SOAP(WeightDecayMixin, Optimizer):
             raise RuntimeError(f"SOAP does not support {kind} gradients, got one for {name_of(group, index)}")
         if group["nonfinite"] == "raise" and not bool(is_usable(grad.to(working_dtype(parameter)))):
             raise RuntimeError(f"The gradient of {name_of(group, index)} has NaN or Inf entries, or overflows")
-        step = int(self.state[parameter]["step"].item()) if self.state.get(parameter) else 0
-        refresh_frequency(group["precondition_frequency"], step)
+        state = self.state.get(parameter)
+        if not state:
+            return
+        if not fits(state, layout_for(parameter, group)):
+            raise RuntimeError(
+                f"The state of {name_of(group, index)} has other preconditioned axes than max_precond_dim, merge_dims "
+                "and precondition_1d now give; they cannot change after the first step"
+            )
+        if "refresh_step" in state:
+            self._is_due(state, group, int(state["step"].item()))
 
 
 def is_usable(grad: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ it; an empty tensor stands for an axis without a factor and yields an empty basi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -22,8 +20,10 @@ from emerging_optimizers.soap.checks import (
     check_tensor,
 )
 from emerging_optimizers.soap.eigenbasis import refresh_bases
+from emerging_optimizers.soap.state import working_dtype
 
 
+@torch.no_grad()
 def get_eigenbasis_eigh(
     kronecker_factor_list: list[Tensor],
     convert_to_float: bool = True,
@@ -41,7 +41,8 @@ def get_eigenbasis_eigh(
     Source: the exact decomposition of SOAP, arXiv 2409.11321, algorithm 3; the criterion is that of arXiv 2506.03595.
 
     Args:
-        kronecker_factor_list: One symmetric (d_k, d_k) factor per axis, or an empty tensor.
+        kronecker_factor_list: One symmetric (d_k, d_k) factor per axis, or an empty tensor. Only the lower triangle
+            is read.
         convert_to_float: Return float32. Otherwise bases have their factor's dtype.
         eigenbasis_list: The present bases, needed for the adaptive criterion and kept where no decomposition succeeds.
         use_adaptive_criteria: Return the old basis ``Q`` of a factor ``K`` where
@@ -79,6 +80,7 @@ def get_eigenbasis_eigh(
     return bases
 
 
+@torch.no_grad()
 def get_eigenbasis_qr(
     kronecker_factor_list: list[Tensor],
     eigenbasis_list: list[Tensor],
@@ -136,11 +138,6 @@ def get_eigenbasis_qr(
     return bases, exp_avg_sq
 
 
-def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """float64 if any of the tensors is, else float32: the dtype in which SOAP computes."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def _refresh_one(
     factor: Tensor,
     old: Tensor | None,
@@ -150,10 +147,10 @@ def _refresh_one(
     power_iter_steps: int = 1,
     shift: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The basis of one factor and the order of its columns; an empty factor has an empty basis and no order."""
+    """The basis of one factor, empty for an empty one, and the order of its columns, None where nothing moves."""
     if factor.numel() == 0:
         return factor, None
-    dtype = working_dtype([factor])
+    dtype = working_dtype(factor)
     bases, order, _ = refresh_bases(
         factor.to(dtype).unsqueeze(0),
         None if old is None else old.to(dtype).unsqueeze(0),
@@ -162,4 +159,4 @@ def _refresh_one(
         power_iter_steps=power_iter_steps,
         shift=shift,
     )
-    return bases[0], order[0]
+    return bases[0], None if order is None else order[0]

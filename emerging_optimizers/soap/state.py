@@ -13,9 +13,9 @@ from emerging_optimizers.soap.layout import Layout
 HOST_KEYS = ("step", "refresh_step")
 
 
-def working_dtype(parameter: Tensor) -> torch.dtype:
-    """The dtype of a parameter's arithmetic and state: float64 for float64, else float32."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of arithmetic and state: float64 if any of the tensors is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def init_state(state: dict[str, Any], parameter: Tensor, layout: Layout) -> None:
@@ -26,12 +26,12 @@ def init_state(state: dict[str, Any], parameter: Tensor, layout: Layout) -> None
     identity until there is a basis.
     """
     like: dict[str, Any] = {"dtype": working_dtype(parameter), "device": parameter.device}
-    state["step"] = torch.zeros((), dtype=torch.float32)
+    state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     state["exp_avg"] = torch.zeros(parameter.shape, **like)
     state["exp_avg_sq"] = torch.zeros(parameter.shape, **like)
     state["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
     if layout.axes:
-        state["refresh_step"] = torch.zeros((), dtype=torch.float32)
+        state["refresh_step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     for axis in layout.axes:
         size = layout.shape[axis]
         state[f"GG_{axis}"] = torch.zeros(size, size, **like)
@@ -48,6 +48,12 @@ def stacked(state: dict[str, Any], kind: str, layout: Layout) -> list[Tensor | N
     return [state[f"{kind}_{k}"].unsqueeze(0) if k in layout.axes else None for k in range(len(layout.shape))]
 
 
-def as_stack(tensor: Tensor, layout: Layout) -> Tensor:
-    """A parameter-shaped tensor in its working shape, (1, d_1, .., d_N); a view where the memory allows."""
-    return tensor.reshape(1, *layout.shape)
+def fits(state: dict[str, Any], layout: Layout) -> bool:
+    """Whether the state was made for this layout."""
+    factors = {key: value.shape[0] for key, value in state.items() if key.startswith("GG_")}
+    return factors == {f"GG_{axis}": layout.shape[axis] for axis in layout.axes}
+
+
+def as_stack(moment: Tensor, layout: Layout) -> Tensor:
+    """A moment in its working shape, (1, d_1, .., d_N), as a view."""
+    return moment.view(1, *layout.shape)

@@ -228,12 +228,28 @@ def test_with_eigh_the_second_moment_stays_by_rank() -> None:
     assert torch.equal(exp_avg_sq, before)
 
 
+def test_scalars_have_nothing_to_refresh() -> None:
+    bases, momentum, exp_avg_sq = update_eigenbasis_and_momentum([], None, torch.tensor(2.0), torch.tensor(3.0))
+    assert (bases, momentum.item(), exp_avg_sq.item()) == ([], 3.0, 2.0)
+
+
+def test_the_updates_build_no_graph() -> None:
+    grad, momentum = normal(3, 4).requires_grad_(), normal(3, 4).requires_grad_()
+    factors = init_kronecker_factors(grad)
+    update_kronecker_factors(factors, grad, 0.9)
+    bases, _, _ = update_eigenbasis_and_momentum(factors, None, normal(3, 4).square(), momentum)
+    update_kronecker_factors_kl_shampoo(factors, grad, 0.9, bases, 1e-8)
+    assert not any(t.requires_grad for t in [*factors, *bases])
+    assert precondition(grad, bases).requires_grad
+
+
 # --- errors -------------------------------------------------------------------------------------------------------
 
 G = torch.zeros(2, 3)
 E2, E3 = torch.eye(2), torch.eye(3)
 WRONG = {
     "precondition dims": (lambda: precondition(G, [E2, E3], dims=[[1], [0]]), ValueError, "dims must be"),
+    "precondition dims type": (lambda: precondition(G, [E2, E3], dims=5), ValueError, "dims must be"),
     "precondition length": (lambda: precondition(G, [E2]), ValueError, "eigenbasis_list must have one entry per axis"),
     "precondition shape": (lambda: precondition(G, [E2, E2]), ValueError, r"eigenbasis_list\[1\].*\(3, 3\).*\(2, 2\)"),
     "precondition type": (lambda: precondition([1.0], [E2]), TypeError, "grad must be a Tensor, got list"),
@@ -260,7 +276,7 @@ WRONG = {
     "kl eps": (
         lambda: update_kronecker_factors_kl_shampoo([E2, E3], G, 0.9, [E2, E3], -1.0),
         ValueError,
-        "eps must be at least 0, got -1.0",
+        "eps must be finite and greater than 0, got -1.0",
     ),
     "eigh tolerance": (
         lambda: get_eigenbasis_eigh([E2], eigenbasis_list=[E2], use_adaptive_criteria=True),

@@ -45,9 +45,43 @@ def test_a_mask_holds_the_decay_back(finite: bool) -> None:
     assert weight.tolist() == pytest.approx([0.9 if finite else 1.0] * 2, rel=1e-12)
 
 
+@pytest.mark.parametrize("lr", [0.003, torch.tensor(0.003)])
+def test_a_low_precision_weight_is_decayed_in_float32(lr: float) -> None:
+    weight = torch.linspace(1, 2, 100).to(torch.bfloat16)
+    expected = (weight.float() * (1 - 0.003)).to(torch.bfloat16)
+    WeightDecayMixin.decay_weight_(weight, {"lr": lr, "weight_decay": 1.0, "weight_decay_method": "decoupled"})
+    assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)])
+def test_a_learning_rate_of_zero_decays_nothing(lr: float) -> None:
+    for method in ("decoupled", "independent", "l2"):
+        weight = torch.ones(2)
+        WeightDecayMixin.decay_weight_(weight, {"lr": lr, "weight_decay": 0.1, "weight_decay_method": method})
+        assert weight.tolist() == [1.0, 1.0]
+
+
+def test_an_inherited_precision_is_not_pinned() -> None:
+    before = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with fp32_matmul_precision("highest"):
+            pass
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
+
+
 @pytest.mark.parametrize(
     ("value", "method", "error"),
-    [(-1.0, "l2", ValueError), (float("inf"), "l2", ValueError), ("x", "l2", TypeError), (0.1, "L2", ValueError)],
+    [
+        (-1.0, "l2", ValueError),
+        (float("inf"), "l2", ValueError),
+        ("x", "l2", TypeError),
+        (torch.tensor(0.1), "l2", TypeError),
+        (0.1, "L2", ValueError),
+    ],
 )
 def test_bad_options_are_named(value: object, method: str, error: type[Exception]) -> None:
     with pytest.raises(error, match="Invalid weight_decay"):

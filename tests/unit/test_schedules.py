@@ -1,11 +1,9 @@
 import copy
 import dataclasses
-import io
 import math
 import pickle
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,15 +33,6 @@ def test_a_pickled_schedule_comes_back_equal(schedule, protocol):
     assert back == schedule
     assert hash(back) == hash(schedule)
     assert [back(t) for t in range(50)] == [schedule(t) for t in range(50)]
-
-
-@each_example
-def test_torch_load_accepts_a_schedule_in_a_checkpoint(schedule):
-    file = io.BytesIO()
-    torch.save({"param_groups": [{"precondition_frequency": schedule}]}, file)
-    file.seek(0)
-    back = torch.load(file, weights_only=True)
-    assert back["param_groups"][0]["precondition_frequency"] == schedule
 
 
 @each_example

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from emerging_optimizers.adam import adam_direction, raise_to_floor
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.schedules import LinearFrequency
-from emerging_optimizers.soap import SOAP
+from emerging_optimizers.soap import SOAP, eigenbasis, kronecker
 from emerging_optimizers.soap import soap as soap_module
 
 MODES = {
@@ -213,6 +213,33 @@ def test_a_nonfinite_gradient_leaves_that_tensor_untouched_and_is_counted(
     assert all(value.isfinite().all() for p in parameters for value in optimizer.state[p].values())
 
 
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_nonfinite_gradient_at_the_first_refresh_postpones_it(masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soap_module, "masks_on", lambda device: masks)
+    parameter = nn.Parameter(torch.ones(3, 4))
+    optimizer = SOAP([parameter], lr=0.1, adam_warmup_steps=3, precondition_frequency=100)
+    for seed in range(6):
+        parameter.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+        if seed == 3:
+            parameter.grad[0, 0] = float("nan")
+        optimizer.step()
+    state = optimizer.state[parameter]
+    assert int(state["refresh_step"]) == 5
+    assert not torch.equal(state["Q_0"], torch.eye(3))
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-46])
+def test_kl_factors_survive_an_eps_that_float32_cannot_hold(eps: float) -> None:
+    parameter = nn.Parameter(torch.ones(6, 2))
+    optimizer = SOAP([parameter], lr=0.1, use_kl_shampoo=True, eps=eps)
+    for seed in range(10):
+        parameter.grad = torch.randn(6, 2, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+    assert parameter.isfinite().all()
+    with pytest.raises(ValueError, match="Invalid epsilon value: 0 .KL factors"):
+        SOAP([parameter], lr=0.1, use_kl_shampoo=True, eps=0.0)
+
+
 def test_nonfinite_raise_names_the_parameter_and_changes_nothing() -> None:
     model = new_model()
     optimizer = SOAP(model.named_parameters(), lr=0.1, nonfinite="raise")
@@ -254,12 +281,112 @@ def test_a_sparse_gradient_is_an_error_before_anything_changes(grad: Tensor | No
 
 
 def test_a_frequency_below_one_is_an_error_before_anything_changes() -> None:
-    parameter = nn.Parameter(torch.ones(3, 3))
-    parameter.grad = torch.eye(3)
-    optimizer = SOAP([parameter], lr=0.1, precondition_frequency=lambda step: 0)
-    with pytest.raises(ValueError, match="precondition_frequency at step 0: 0"):
+    first, second = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    first.grad, second.grad = torch.eye(3), torch.eye(3)
+    groups = [{"params": [first]}, {"params": [second], "precondition_frequency": lambda step: 0}]
+    optimizer = SOAP(groups, lr=0.1)
+    optimizer.step()  # the first basis is due whatever the frequency says
+    before = first.detach().clone()
+    with pytest.raises(ValueError, match="precondition_frequency at step 1: 0"):
         optimizer.step()
-    assert torch.equal(parameter, torch.ones(3, 3))
+    assert torch.equal(first, before)
+
+
+def test_a_frequency_is_not_asked_where_it_decides_nothing() -> None:
+    asked = []
+
+    def frequency(step: int) -> int:
+        asked.append(step)
+        return step // 3  # 0 in the first steps
+
+    matrix, vector = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3))
+    optimizer = SOAP([matrix, vector], lr=0.1, adam_warmup_steps=3, precondition_frequency=frequency)
+    for seed in range(6):
+        for p in (matrix, vector):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+    assert set(asked) == {4, 5}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"max_precond_dim": 0}, RuntimeError, "state of parameter 0 .* cannot change after the first step"),
+        ({"max_precond_dim": 3}, RuntimeError, "max_precond_dim, merge_dims and precondition_1d"),
+        ({"merge_dims": True}, RuntimeError, "cannot change after the first step"),
+        ({"fp32_matmul_prec": "tf32"}, ValueError, "Invalid fp32_matmul_prec: 'tf32'"),
+        ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
+    ],
+)
+def test_an_option_changed_to_what_cannot_be_is_refused_before_anything_changes(
+    change: dict, error: type[Exception], message: str
+) -> None:
+    parameters = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3, 4, 2))]
+    optimizer = SOAP([{"params": parameters[:1]}, {"params": parameters[1:]}], lr=0.1)
+    for p in parameters:
+        p.grad = torch.ones(p.shape)
+    optimizer.step()
+    before = [p.detach().clone() for p in parameters]
+    optimizer.param_groups[1].update(change)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+    assert [int(optimizer.state[p]["step"]) for p in parameters] == [1, 1]
+
+
+def test_the_counters_stay_on_the_cpu_whatever_the_default_device() -> None:
+    parameter = nn.Parameter(torch.ones(3, 4))
+    parameter.grad = torch.ones(3, 4)
+    with torch.device("meta"):
+        optimizer = SOAP([parameter], lr=0.1, max_precond_dim=0)
+        optimizer.step()
+        optimizer.step()
+    assert {value.device.type for value in optimizer.state[parameter].values()} == {"cpu"}
+
+
+def test_each_precision_option_governs_its_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[str]] = {"project": set(), "gram": set(), "power": set()}
+    first_product: set[str] = set()
+
+    def current() -> str:
+        return torch.backends.mkldnn.matmul.fp32_precision
+
+    real_contract, real_gram = kronecker._contract_in_turn, kronecker._decay_and_add_gram_
+    real_iteration, real_bmm = eigenbasis.orthogonal_iteration, torch.bmm
+    inside_iteration: list[bool] = []
+
+    def contract(*arguments: object) -> Tensor:
+        seen["project"].add(current())
+        return real_contract(*arguments)
+
+    def gram(*arguments: object) -> None:
+        seen["gram"].add(current())
+        return real_gram(*arguments)
+
+    def iteration(*arguments: object) -> object:
+        inside_iteration.append(True)
+        result = real_iteration(*arguments)
+        inside_iteration.pop()
+        return result
+
+    def bmm(a: Tensor, b: Tensor) -> Tensor:
+        if inside_iteration:
+            seen["power"].add(current())
+        elif a.shape == b.shape and a.shape[-1] == a.shape[-2]:
+            first_product.add(current())
+        return real_bmm(a, b)
+
+    monkeypatch.setattr(kronecker, "_contract_in_turn", contract)
+    monkeypatch.setattr(kronecker, "_decay_and_add_gram_", gram)
+    monkeypatch.setattr(eigenbasis, "orthogonal_iteration", iteration)
+    monkeypatch.setattr(torch, "bmm", bmm)
+    parameter = nn.Parameter(torch.ones(5, 7))
+    optimizer = SOAP([parameter], lr=0.1, fp32_matmul_prec="medium", qr_fp32_matmul_prec="high", power_iter_steps=2)
+    for seed in range(2):
+        parameter.grad = torch.randn(5, 7, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+    assert seen == {"project": {"bf16"}, "gram": {"bf16"}, "power": {"tf32"}}
+    assert first_product == {"ieee"}
 
 
 def test_a_step_never_modifies_gradients_and_returns_the_closures_loss() -> None:
@@ -384,6 +511,14 @@ def test_the_floor_of_the_second_moment_is_below_it_in_a_fixed_basis(betas: tupl
         assert torch.allclose(raise_to_floor(exp_avg_sq, exp_avg, updates, betas), exp_avg_sq, rtol=1e-12, atol=0)
         grad = torch.randn(100, generator=generator, dtype=torch.float64) ** 3
         adam_direction(grad, exp_avg, exp_avg_sq, step=1, betas=betas, eps=1e-8, correct_bias=False, use_nesterov=False)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.3), (0.98, 0.95), (0.9, 0.95), (0.9, 0.81)])
+def test_the_floor_stays_finite_for_a_million_steps(betas: tuple[float, float]) -> None:
+    for updates in (1, 1_000, 65_190, 1_000_000):
+        floor = raise_to_floor(torch.zeros(1), torch.ones(1), updates, betas)
+        assert floor.isfinite().all()
+        assert floor <= 1.01 * (1 - betas[1]) / (1 - betas[0]) ** 2  # what it is after one update
 
 
 def test_the_floor_is_reached_by_the_gradients_that_make_cauchy_schwarz_an_equality() -> None:
