@@ -33,13 +33,11 @@ docs: $(READY)  ## build the documentation into docs/_build; a warning is an err
 doctest: $(READY)  ## run the examples in the package's docstrings
 	$(BIN)/python -m pytest -q --doctest-modules emerging_optimizers
 
-bench: $(READY)  ## run every script in benchmarks/
-	@ls benchmarks/*.py >/dev/null 2>&1 || echo "benchmarks/ holds no script yet"
-	@for script in $(sort $(wildcard benchmarks/*.py)); do \
-		echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+bench: $(READY)  ## race every task over three seeds, for the README's figures (25 minutes; leave the machine alone)
+	$(BIN)/python benchmarks/race.py
 
 clean:  ## delete what the targets make, except .venv
-	rm -rf build dist demo docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist demo races docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The build backend is installed first and the package built against it without isolation: an isolated build would
