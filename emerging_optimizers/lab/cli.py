@@ -171,6 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(str(error))
     except typer.TyperException as error:
         return _complain(f"{error.format_message()} See soap race --help.")
+    except OSError as error:  # a full disk, a folder that was taken away during the race
+        return _complain(f"{error.filename or 'the output folder'}: {error.strerror}")
     except ModuleNotFoundError as error:
         if error.name not in {"matplotlib", "numpy", "rich", "sklearn"}:
             raise

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from emerging_optimizers.lab.cli import main
+from emerging_optimizers.lab.race import Race, Run
 from emerging_optimizers.lab.signals import StopRequest
 
 
@@ -97,6 +100,22 @@ def test_a_mistake_is_one_line_that_says_what_to_do(
     assert err.startswith("soap: ")
     assert [path.name for path in (folder / "foreign").iterdir()] == ["thesis.tex"]
     assert not list(folder.glob("race-*"))
+
+
+def test_a_folder_that_goes_away_during_the_race_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_play = Race.play
+
+    def play(race: Race) -> Iterator[Run]:
+        shutil.rmtree(folder / "race-Tiny")
+        return real_play(race)
+
+    monkeypatch.setattr(Race, "play", play)
+    assert main(["race", "--task", "tiny_tasks:Tiny", "--steps", "2", "--threads", "1"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "No such file or directory" in err
 
 
 def test_a_diverged_run_is_reported_as_diverged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

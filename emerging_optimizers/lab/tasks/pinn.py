@@ -80,8 +80,8 @@ class Burgers:
 
     name = "pinn"
     metric = "relative L2 error"
-    steps = 1000
-    eval_every = 20
+    steps = 500
+    eval_every = 10
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
