@@ -385,8 +385,8 @@ class SOAP(WeightDecayMixin, Optimizer):
         """Raises what a step could raise, before it changes anything."""
         grad = parameter.grad
         assert grad is not None
-        if grad.is_sparse or grad.is_complex():
-            kind = "sparse" if grad.is_sparse else "complex"
+        if grad.layout != torch.strided or grad.is_complex():
+            kind = "complex" if grad.is_complex() else "sparse"
             raise RuntimeError(f"SOAP does not support {kind} gradients, got one for {name_of(group, index)}")
         if group["nonfinite"] == "raise" and not bool(is_usable(grad.to(working_dtype(parameter)))):
             raise RuntimeError(f"The gradient of {name_of(group, index)} has NaN or Inf entries, or overflows")

@@ -260,24 +260,35 @@ def test_nonfinite_propagate_is_torchs_behaviour() -> None:
     assert parameter.isnan().tolist() == [False, True, False, False]
 
 
-@pytest.mark.parametrize(
-    ("grad", "message"),
-    [
-        (torch.eye(3).to_sparse(), "sparse gradients, got one for parameter 1 of its group, shape \\(3, 3\\)"),
-        (None, None),
-    ],
-)
-def test_a_sparse_gradient_is_an_error_before_anything_changes(grad: Tensor | None, message: str | None) -> None:
-    parameters = [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))]
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_a_sparse_or_complex_gradient_is_an_error_before_anything_changes(kind: str) -> None:
+    dtype = torch.complex64 if kind == "complex" else torch.float32
+    parameters = [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3, dtype=dtype))]
     optimizer = SOAP(parameters, lr=0.1)
-    parameters[0].grad, parameters[1].grad = torch.eye(3), grad
-    if message is None:
-        optimizer.step()
-        assert parameters[1] not in optimizer.state
-        return
+    grad = torch.eye(3, dtype=dtype)
+    parameters[0].grad, parameters[1].grad = torch.eye(3), grad.to_sparse() if kind == "sparse" else grad
+    message = f"{kind} gradients, got one for parameter 1 of its group, shape \\(3, 3\\)"
     with pytest.raises(RuntimeError, match=message):
         optimizer.step()
     assert torch.equal(parameters[0], torch.ones(3, 3))
+
+
+def test_a_parameter_without_gradient_keeps_its_own_clock() -> None:
+    late, early = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
+    optimizer = SOAP([late, early], lr=0.1, adam_warmup_steps=2, precondition_frequency=3)
+    for seed in range(9):
+        early.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+        late.grad = None if seed < 4 else torch.randn(3, 4, generator=torch.Generator().manual_seed(seed - 4))
+        optimizer.step()
+        if seed == 3:
+            assert late not in optimizer.state
+    alone = nn.Parameter(torch.ones(3, 4))
+    control = SOAP([alone], lr=0.1, adam_warmup_steps=2, precondition_frequency=3)
+    for seed in range(5):
+        alone.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+        control.step()
+    assert torch.equal(late, alone)
+    assert [int(optimizer.state[p]["step"]) for p in (late, early)] == [5, 9]
 
 
 def test_a_frequency_below_one_is_an_error_before_anything_changes() -> None:
