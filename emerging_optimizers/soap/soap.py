@@ -183,13 +183,6 @@ class SOAP(WeightDecayMixin, Optimizer):
             validate_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Fills in options that did not exist when the groups were made."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-
     def state_dict(self) -> dict[str, Any]:
         """The state and the options, for ``torch.save`` and ``torch.load(weights_only=True)``.
 
