@@ -196,10 +196,8 @@ def test_distributed_checkpoint_state_dicts_go_there_and_back(mode: str, flatten
 
 
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "l2"])  # there the gradient is not zero
 def test_the_hidden_step_that_makes_state_moves_no_weight_and_leaves_no_basis(mode: str, lr: float | Tensor) -> None:
-    if mode == "l2":
-        pytest.skip("the regularised gradient is not zero: this mode has a basis of the weights, until it is loaded")
     model = new_model()
     before = copy.deepcopy(model.state_dict())
     optimizer = SOAP(model.parameters(), **{"weight_decay": 0.1, **MODES[mode], "lr": lr})
