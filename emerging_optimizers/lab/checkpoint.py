@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,12 +25,16 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     # In the same folder, as a rename is atomic only within one file system; a fixed name, so that the leftover of a
     # crash is overwritten by the next attempt.
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())  # the content is on the disk before the name points to it
-    os.replace(temporary, path)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # the content is on the disk before the name points to it
+        os.replace(temporary, path)
+    except BaseException:  # a full disk is not to stay full of half a file
+        temporary.unlink(missing_ok=True)
+        raise
     if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is already durable
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -37,21 +43,38 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.close(folder)
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
 def save(folder: Path, state: dict[str, Any]) -> None:
     """Save a race's state: nested dicts and lists of tensors, numbers, strings and None."""
-    write_atomically(folder / CHECKPOINT, lambda file: torch.save(state, file))
+    # Made in memory: where a file takes no more bytes, torch.save raises an error of its own that hides the system's.
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_atomically(folder / CHECKPOINT, lambda file: file.write(content.getbuffer()))
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint, if there is one, and what a kill during a save has left."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    _temporary(folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def load(folder: Path) -> dict[str, Any]:
     """Load what `save` wrote. Nothing in the file is executed (``weights_only=True``).
 
     Raises:
-        LabError: there is no checkpoint, or it cannot be read.
+        LabError: there is no checkpoint, or it cannot be read, or a byte of it is not what was written.
     """
     path = folder / CHECKPOINT
     if not path.exists():
         raise LabError(f"--resume {folder}: nothing to resume there (no {CHECKPOINT}; a finished race leaves none)")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch writes check sums and reads none: a flipped bit would change a weight
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"bad check sum of {damaged}")
         state = torch.load(path, weights_only=True)
     except Exception as error:  # zip, pickle and storage errors share no base class
         raise LabError(f"--resume {folder}: {CHECKPOINT} is not a readable checkpoint; start a new race") from error

@@ -17,6 +17,7 @@ except ModuleNotFoundError:
     raise SystemExit(2) from None
 
 from emerging_optimizers.lab.errors import LabError  # noqa: E402 (typer first: all else needs it)
+from emerging_optimizers.lab.printable import printable  # noqa: E402
 
 if TYPE_CHECKING:
     from emerging_optimizers.lab.options import Options
@@ -62,7 +63,7 @@ def race(
     import torch
 
     from emerging_optimizers.lab import checkpoint, report
-    from emerging_optimizers.lab.race import Race
+    from emerging_optimizers.lab.race import Race, saved_options
 
     if resume is not None:
         given = {"--task": task, "--text": text, "--optimizers": optimizers, "--lr": lr, "--steps": steps,
@@ -70,7 +71,7 @@ def race(
         if extra := [option for option, value in given.items() if value]:
             raise LabError(f"--resume takes its settings from the folder: leave out {', '.join(extra)}")
         state = checkpoint.load(resume)
-        torch.set_num_threads(state["options"]["threads"])
+        torch.set_num_threads(saved_options(state).threads)
         _play(Race.restore(state), resume)
         return
     options = _options(task or "charlm", text, optimizers, lr or [], steps, seeds or "0", frequency or 10, threads)
@@ -79,8 +80,8 @@ def race(
     fresh = Race(options)
     report.claim(folder)
     if (folder / checkpoint.CHECKPOINT).exists():
-        print(f"Starting over in {folder}, which held a stopped race.")
-        (folder / checkpoint.CHECKPOINT).unlink()
+        print(f"Starting over in {printable(folder)}, which held a stopped race.")
+        checkpoint.discard(folder)
     report.write_results(folder, report.collect(fresh))
     _play(fresh, folder)
 
@@ -142,17 +143,18 @@ def _play(race: Race, folder: Path) -> None:
             checkpoint.save(folder, race.state())
         lines, verdict = report.write(folder, race)
         if race.finished:  # only after the report: until then the checkpoint is all there is
-            (folder / checkpoint.CHECKPOINT).unlink(missing_ok=True)
+            checkpoint.discard(folder)
     display.print_summary(lines, console)
     console.print(verdict, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Report: {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Report: {printable(folder / 'report.html')}", markup=False, highlight=False, soft_wrap=True)
     if stop.received is not None and not race.finished:
-        console.print(f"Stopped. To go on: soap race --resume {folder}", markup=False, highlight=False, soft_wrap=True)
+        again = f"Stopped. To go on: soap race --resume {printable(folder)}"
+        console.print(again, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(128 + stop.received)
 
 
 def _complain(message: str) -> int:
-    print(f"soap: {' '.join(message.split())}", file=sys.stderr)
+    print(f"soap: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
+from emerging_optimizers.lab.printable import printable
 from emerging_optimizers.lab.race import Race, Run
 from emerging_optimizers.lab.results import COLUMNS, LABELS, Line, cells, score
 from emerging_optimizers.routing import route_parameters
@@ -67,7 +69,8 @@ class LiveDisplay:
             box=box.SIMPLE,
             pad_edge=False,
             collapse_padding=True,
-            caption=f"scores: {self._race.settings.metric}; Ctrl-C stops and saves",
+            # As a Text, because a string is read for markup: [m/s] would be a style, and [/s] an error.
+            caption=Text(f"scores: {self._race.settings.metric}; Ctrl-C stops and saves", style="table.caption"),
         )
         table.add_column("optimizer", no_wrap=True)
         table.add_column("progress", min_width=10)
@@ -148,7 +151,7 @@ def print_routing(race: Race, console: Console) -> None:
         table.add_column(heading, justify="right" if heading in ("tensors", "share") else "left")
     for (optimizer, reason), group in groups.items():
         # blocks.0.up.weight and blocks.1.up.weight read as blocks.*.up.weight.
-        names = dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name, _ in group)
+        names = dict.fromkeys(re.sub(r"\b\d+\b", "*", printable(name)) for name, _ in group)
         share = sum(numel for _, numel in group) / total
         table.add_row(optimizer, str(len(group)), f"{share:.1%}", reason, ", ".join(names))
     console.print(table, markup=False, highlight=False)

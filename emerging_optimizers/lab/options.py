@@ -35,6 +35,26 @@ class Options:
     frequency: int
     threads: int
 
+    @classmethod
+    def restore(cls, saved: Any) -> Options:
+        """Take options from a checkpoint: the values of `asdict`, after a check of every type.
+
+        Raises:
+            LabError: they are not what a race saves.
+        """
+        wanted = {
+            "task": lambda v: isinstance(v, str),
+            "text": lambda v: v is None or isinstance(v, str),
+            "learning_rates": lambda v: isinstance(v, dict) and v and all(map(_is_rates, v.items())),
+            "seeds": lambda v: isinstance(v, tuple) and v and all(type(seed) is int for seed in v),
+            "steps": lambda v: v is None or _is_positive(v),
+            "frequency": _is_positive,
+            "threads": _is_positive,
+        }
+        if not isinstance(saved, dict) or set(saved) != set(wanted) or not all(wanted[k](v) for k, v in saved.items()):
+            raise LabError("the checkpoint's options are not those of a race; start a new race")
+        return cls(**saved)
+
     def task_options(self) -> dict[str, Any]:
         """Return the keyword arguments of the task's constructor, besides the seed."""
         return {} if self.text is None else {"text": self.text}
@@ -42,6 +62,16 @@ class Options:
     def public(self) -> dict[str, Any]:
         """Return the options as results show them: the text by file name, as a path may name a person."""
         return {**asdict(self), "text": None if self.text is None else Path(self.text).name}
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_rates(item: tuple[Any, Any]) -> bool:
+    name, rates = item
+    floats = isinstance(rates, tuple) and len(rates) > 0 and all(type(rate) is float for rate in rates)
+    return floats and name in OPTIMIZERS
 
 
 def read_optimizers(names: str) -> tuple[str, ...]:

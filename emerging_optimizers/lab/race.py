@@ -176,18 +176,30 @@ class Race:
         Raises:
             LabError: the state is not a race's, or the task is no longer the one that it began with.
         """
-        if state.get("format") != FORMAT:
-            raise LabError(f"the checkpoint is not of the format {FORMAT}; start a new race")
-        race = cls(Options(**state["options"]))
-        for seed, start in state["starts"].items():
-            # Another machine may round differently; other data or another model is further away than that.
-            if not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(start, race._starts[seed], strict=True)):
-                raise LabError("the task or its text has changed since the race began; start a new race")
-        for run, saved in zip(race.runs, state["runs"], strict=True):
-            run.record = Record(**saved["record"])
-            run.model.load_state_dict(saved["model"])
-            run.contender.load_state_dict(saved["optimizer"])
+        race = cls(saved_options(state))
+        try:
+            for seed, start in state["starts"].items():
+                # Another machine may round differently; other data or another model is further away than that.
+                if not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(start, race._starts[seed], strict=True)):
+                    raise LabError("the task or its text has changed since the race began; start a new race")
+            for run, saved in zip(race.runs, state["runs"], strict=True):
+                run.record = Record(**saved["record"])
+                run.model.load_state_dict(saved["model"])
+                run.contender.load_state_dict(saved["optimizer"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise LabError("the checkpoint does not fit the task's model and optimizers; start a new race") from error
         return race
+
+
+def saved_options(state: dict[str, Any]) -> Options:
+    """Read from a race's state what was to be raced.
+
+    Raises:
+        LabError: the state is not a race's.
+    """
+    if state.get("format") != FORMAT:
+        raise LabError(f"the checkpoint is not of the format {FORMAT}; start a new race")
+    return Options.restore(state.get("options"))
 
 
 def _score(task: Task, start: nn.Module) -> tuple[float, float]:

@@ -45,7 +45,7 @@ def is_ours(folder: Path) -> bool:
     """Tell whether a folder is a race's: its results.json says so."""
     try:
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(results, dict) and results.get("format") == FORMAT
 
@@ -58,7 +58,7 @@ def write(folder: Path, race: Race) -> tuple[list[Line], str]:
     metric = race.settings.metric
     page = render(results, lines, records)
     write_atomically(folder / "loss.png", lambda f: plots.write_png(f, lines, records, _title(results), metric))
-    write_atomically(folder / "report.html", lambda f: f.write(page.encode()))
+    write_atomically(folder / "report.html", lambda f: f.write(page.encode(errors="backslashreplace")))
     write_results(folder, results)
     return lines, results["verdict"]
 

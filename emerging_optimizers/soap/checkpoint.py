@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 NOT_SAVED = "callable, not saved"
 
 #: State that did not always exist: it starts afresh where a saved state does not have it.
-LATER_KEYS = ("skipped_steps",)
+LATER_KEYS = ("skipped_steps", "failed_refreshes")
 
 
 def without_callables(state_dict: dict[str, Any]) -> dict[str, Any]:

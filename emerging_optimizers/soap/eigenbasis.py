@@ -7,25 +7,38 @@ matmul precision except where an argument says so.
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from emerging_optimizers.precision import fp32_matmul_precision
-
-logger = logging.getLogger(__name__)
+from emerging_optimizers.soap.decompositions import eigenvectors, orthonormal_columns
 
 #: Diagonal shift before an eigendecomposition, relative to the largest diagonal entry.
 EIGH_SHIFT = {torch.float32: 1e-7, torch.float64: 1e-15}
 
-#: How often ``eigh`` needed help in this process: "float64", "cpu", and "kept" (no decomposition succeeded and the
-#: last good basis stayed). Each matrix counts under the last thing that was tried for it.
-eigh_fallbacks: Counter[str] = Counter()
+
+class RefreshedBases(NamedTuple):
+    """What :func:`refresh_bases` returns for one axis of a stack.
+
+    Attributes:
+        bases: (B, d, d).
+        order: (B, d), by which the second moment must be permuted along this axis; None where it stays (on the
+            ``eigh`` path, where old and new bases are sorted).
+        refreshed: (B,), false where the adaptive criterion left the basis alone.
+        failed: (B,), whether a decomposition failed for good and the last good basis was kept.
+    """
+
+    bases: Tensor
+    order: Tensor | None
+    refreshed: Tensor
+    failed: Tensor
 
 
-def eigh_bases(factors: Tensor, last_good: Tensor | None = None, shift: float | None = None) -> Tensor:
+def eigh_bases(
+    factors: Tensor, last_good: Tensor | None = None, shift: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Eigenvectors by ``torch.linalg.eigh``, in descending order of eigenvalue.
 
     The factor is divided by its largest diagonal entry first. An absolute shift of 1e-7 would erase the float32
@@ -37,17 +50,18 @@ def eigh_bases(factors: Tensor, last_good: Tensor | None = None, shift: float | 
         shift: Relative diagonal shift; default :data:`EIGH_SHIFT`.
 
     Returns:
-        ``Q``, (B, d, d). For a diagonal factor exactly the permutation that sorts the diagonal.
+        ``Q``, (B, d, d), for a diagonal factor exactly the permutation that sorts the diagonal; and whether the
+        decomposition failed and ``last_good`` was kept, (B,).
     """
     size = factors.shape[-1]
     diagonal = factors.diagonal(dim1=-2, dim2=-1)
     identity = torch.eye(size, dtype=factors.dtype, device=factors.device)
     shifted = factors / _largest_diagonal(factors) + identity * (EIGH_SHIFT[factors.dtype] if shift is None else shift)
-    bases = _eigenvectors(shifted, identity.expand_as(factors) if last_good is None else last_good)
+    bases, failed = eigenvectors(shifted, identity.expand_as(factors) if last_good is None else last_good)
 
     is_diagonal = factors.count_nonzero((-2, -1)) == diagonal.count_nonzero(-1)
     permutation = identity[:, torch.argsort(diagonal, dim=-1, descending=True, stable=True)].movedim(1, 0)
-    return torch.where(is_diagonal.view(-1, 1, 1), permutation, bases)
+    return torch.where(is_diagonal.view(-1, 1, 1), permutation, bases), failed & ~is_diagonal
 
 
 def _largest_diagonal(factors: Tensor) -> Tensor:
@@ -56,83 +70,38 @@ def _largest_diagonal(factors: Tensor) -> Tensor:
     return torch.where(largest > 0, largest, 1.0).view(-1, 1, 1)
 
 
-def _eigenvectors(matrices: Tensor, last_good: Tensor) -> Tensor:
-    """Descending eigenvectors of the stack; a matrix that fails is retried alone, and never stops the run."""
-    vectors = _try_eigh(matrices)
-    if vectors is not None:
-        return vectors
-    return torch.stack([_eigenvectors_of_one(m, good) for m, good in zip(matrices, last_good, strict=True)])
-
-
-def _eigenvectors_of_one(matrix: Tensor, last_good: Tensor) -> Tensor:
-    attempts = {
-        "": matrix,
-        "float64": matrix.double(),
-        "cpu": matrix.double().cpu(),
-    }
-    for name, attempt in attempts.items():
-        vectors = _try_eigh(attempt)
-        if vectors is not None:
-            if name:
-                _report_fallback(name, matrix)
-            return vectors.to(matrix)
-    _report_fallback("kept", matrix)
-    return last_good
-
-
-def _try_eigh(matrices: Tensor) -> Tensor | None:
-    """Descending eigenvectors, or None where the decomposition failed or returned something that is not finite."""
-    try:
-        vectors: Tensor = torch.linalg.eigh(matrices).eigenvectors.flip(-1)
-    except RuntimeError:  # torch.linalg.LinAlgError, and the errors of the libraries beneath it
-        return None
-    return vectors if bool(vectors.isfinite().all()) else None
-
-
-def _report_fallback(name: str, matrix: Tensor) -> None:
-    eigh_fallbacks[name] += 1
-    if eigh_fallbacks[name] == 1:
-        outcome = {
-            "float64": "succeeded in float64",
-            "cpu": "succeeded in float64 on the CPU",
-            "kept": "failed in float64 and on the CPU too; the last good basis stays",
-        }[name]
-        logger.warning(
-            "eigh of a %d x %d Kronecker factor on %s failed and %s. Further cases are counted, not logged.",
-            *matrix.shape,
-            matrix.device,
-            outcome,
-        )
-
-
 def orthogonal_iteration(
-    factors: Tensor, products: Tensor, quotients: Tensor, power_iter_steps: int = 1, matmul_precision: str = "high"
-) -> tuple[Tensor, Tensor]:
+    factors: Tensor,
+    bases: Tensor,
+    products: Tensor,
+    quotients: Tensor,
+    power_iter_steps: int = 1,
+    matmul_precision: str = "high",
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sorts the columns by Rayleigh quotient, then runs ``Q <- qr(K Q).Q`` (SOAP, arXiv 2409.11321, algorithm 4).
 
     Args:
         factors: ``K``, (B, d, d).
-        products: ``K Q`` for the present, orthonormal bases, (B, d, d).
+        bases: ``Q``, the present orthonormal bases, (B, d, d).
+        products: ``K Q``, (B, d, d).
         quotients: ``diag(Q^T K Q)``, (B, d).
         power_iter_steps: Number of power steps.
         matmul_precision: Precision of ``K Q`` from the second power step on.
 
     Returns:
-        The new bases (B, d, d), and the order (B, d) in which the old columns were taken.
+        The new bases (B, d, d), the order (B, d) in which the old columns were taken, and whether a QR failed, (B,).
+        Where the first one failed the bases are the old ones, in that order: what is aligned with the columns may be
+        permuted all the same.
     """
     order = torch.argsort(quotients, dim=-1, descending=True, stable=True)
-    bases = _orthonormalize(products.gather(-1, order.unsqueeze(-2).expand_as(products)))
+    columns = order.unsqueeze(-2).expand_as(products)
+    bases, failed = orthonormal_columns(products.gather(-1, columns), bases.gather(-1, columns))
     for _ in range(power_iter_steps - 1):
         with fp32_matmul_precision(matmul_precision):
             products = torch.bmm(factors, bases)
-        bases = _orthonormalize(products)
-    return bases, order
-
-
-def _orthonormalize(matrices: Tensor) -> Tensor:
-    """``Q`` of the Householder QR of each matrix. ``torch.linalg.qr`` would also spend time on ``R``."""
-    orthonormal: Tensor = torch.linalg.householder_product(*torch.geqrf(matrices))
-    return orthonormal
+        bases, failed_again = orthonormal_columns(products, bases)
+        failed = failed | failed_again
+    return bases, order, failed
 
 
 def basis_holds(factors: Tensor, quotients: Tensor, tolerance: float) -> Tensor:
@@ -161,7 +130,7 @@ def refresh_bases(
     power_iter_steps: int = 1,
     matmul_precision: str = "high",
     shift: float | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> RefreshedBases:
     """New bases for one axis of a stack.
 
     Args:
@@ -172,17 +141,12 @@ def refresh_bases(
         power_iter_steps: See :func:`orthogonal_iteration`.
         matmul_precision: See :func:`orthogonal_iteration`.
         shift: See :func:`eigh_bases`.
-
-    Returns:
-        The bases (B, d, d); the order (B, d) by which the second moment must be permuted along this axis, None where
-        it stays (on the ``eigh`` path, where both bases are sorted); and whether each matrix was refreshed, (B,).
     """
     count, size = factors.shape[:2]
     refreshed = torch.ones(count, dtype=torch.bool, device=factors.device)
-    if bases is None:
-        return eigh_bases(factors, shift=shift), None, refreshed
-    if use_eigh and adaptive_tolerance is None:
-        return eigh_bases(factors, last_good=bases, shift=shift), None, refreshed
+    if bases is None or (use_eigh and adaptive_tolerance is None):
+        new_bases, failed = eigh_bases(factors, last_good=bases, shift=shift)
+        return RefreshedBases(new_bases, None, refreshed, failed)
     # One product serves the eigenvalues, the criterion and the power step. Full float32: in TensorFloat-32 the small
     # eigenvalues drown in the rounding of the large ones.
     with fp32_matmul_precision("highest"):
@@ -191,15 +155,18 @@ def refresh_bases(
     if adaptive_tolerance is not None:
         refreshed = ~basis_holds(factors, quotients, adaptive_tolerance)
         if not bool(refreshed.any()):
-            return bases, None, refreshed
+            return RefreshedBases(bases, None, refreshed, refreshed)
     order = None
     if use_eigh:
-        new_bases = eigh_bases(factors, last_good=bases, shift=shift)
+        new_bases, failed = eigh_bases(factors, last_good=bases, shift=shift)
     else:
-        new_bases, order = orthogonal_iteration(factors, products, quotients, power_iter_steps, matmul_precision)
+        new_bases, order, failed = orthogonal_iteration(
+            factors, bases, products, quotients, power_iter_steps, matmul_precision
+        )
     if adaptive_tolerance is not None:
         new_bases = torch.where(refreshed.view(-1, 1, 1), new_bases, bases)
+        failed = failed & refreshed
         if order is not None:
             unchanged = torch.arange(size, device=factors.device).expand(count, size)
             order = torch.where(refreshed.view(-1, 1), order, unchanged)
-    return new_bases, order, refreshed
+    return RefreshedBases(new_bases, order, refreshed, failed)

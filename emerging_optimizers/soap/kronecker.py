@@ -73,7 +73,8 @@ def update_factors_kl(
     ``K_k <- beta K_k + (1 - beta) unfold_k(G) (x_{j != k} S_j) unfold_k(G)^T`` with
     ``S_j = Q_j diag(max(lam_j, eps)**eigval_exp) Q_j^T / d_j`` and ``lam_j = diag(Q_j^T K_j Q_j)``, all read before
     any factor moves. ``G S G^T`` is formed as ``H H^T`` with ``H = G S**(1/2)``, which keeps the factor positive
-    semi-definite in floating point.
+    semi-definite in floating point. Where an entry of that product would overflow, which takes a gradient that is far
+    outside of its history, the factor stays as it is.
 
     Args:
         factors: ``K_k`` per axis. An axis without one takes part with ``S_j = I / d_j``.
@@ -102,7 +103,10 @@ def update_factors_kl(
             whitened.append(unfold(_contract_in_turn(grad, others), axis) / scale)
     for factor in factors:
         if factor is not None:
-            _decay_and_add_gram_(factor, whitened.pop(0), beta, finite)
+            matrix = whitened.pop(0)
+            bounded = torch.linalg.vector_norm(matrix, dim=(-2, -1)) < sqrt(torch.finfo(matrix.dtype).max)
+            matrix = torch.where(bounded.view(-1, 1, 1), matrix, 0.0)
+            _decay_and_add_gram_(factor, matrix, beta, bounded if finite is None else bounded & finite)
 
 
 def rayleigh_quotients(factor: Tensor, basis: Tensor) -> Tensor:

@@ -15,11 +15,19 @@ SECOND_MOMENT_REFRESHES = ("rank", "kronecker")
 
 
 class Refreshed(NamedTuple):
-    """What a refresh returns, as new tensors: ``Q_k`` per axis (None where it has no factor), ``M`` and ``V``."""
+    """What a refresh returns, as new tensors.
+
+    Attributes:
+        bases: ``Q_k`` per axis, (B, d_k, d_k), None where it has no factor.
+        exp_avg: ``M``, (B, d_1, .., d_N).
+        exp_avg_sq: ``V``, likewise.
+        failed: (B,), whether a decomposition failed for good on any axis, where the last good basis was kept.
+    """
 
     bases: list[Tensor | None]
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    failed: Tensor
 
 
 def refresh_eigenbasis_and_moments(
@@ -56,15 +64,16 @@ def refresh_eigenbasis_and_moments(
         The new bases and moments.
     """
     new_bases: list[Tensor | None] = []
-    if all(factor is None for factor in factors):
-        return Refreshed([None for _ in factors], exp_avg, exp_avg_sq)
-    permuted = exp_avg_sq
     any_refreshed = torch.zeros(exp_avg.shape[0], dtype=torch.bool, device=exp_avg.device)
+    any_failed = torch.zeros_like(any_refreshed)
+    if all(factor is None for factor in factors):
+        return Refreshed([None for _ in factors], exp_avg, exp_avg_sq, any_failed)
+    permuted = exp_avg_sq
     for axis, factor in enumerate(factors):
         if factor is None:
             new_bases.append(None)
             continue
-        basis, order, refreshed = refresh_bases(
+        axis_result = refresh_bases(
             factor,
             None if bases is None else bases[axis],
             use_eigh=use_eigh,
@@ -72,17 +81,18 @@ def refresh_eigenbasis_and_moments(
             power_iter_steps=power_iter_steps,
             matmul_precision=matmul_precision,
         )
-        new_bases.append(basis)
-        if order is not None:
-            permuted = permuted.gather(1 + axis, _along(order, axis, permuted).expand_as(permuted))
-        any_refreshed |= refreshed
+        new_bases.append(axis_result.bases)
+        if axis_result.order is not None:
+            permuted = permuted.gather(1 + axis, _along(axis_result.order, axis, permuted).expand_as(permuted))
+        any_refreshed |= axis_result.refreshed
+        any_failed |= axis_result.failed
 
     original = exp_avg if bases is None else project_back(exp_avg, bases)
     new_exp_avg = torch.where(_along_stack(any_refreshed, exp_avg), project(original, new_bases), exp_avg)
     if bases is None or second_moment_refresh == "kronecker":
         estimate = kronecker_second_moment(exp_avg_sq, factors, new_bases)
         permuted = torch.where(_along_stack(any_refreshed, exp_avg), estimate, permuted)
-    return Refreshed(new_bases, new_exp_avg, permuted)
+    return Refreshed(new_bases, new_exp_avg, permuted, any_failed)
 
 
 def kronecker_second_moment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -21,6 +22,7 @@ from emerging_optimizers.soap.functional import (
     update_kronecker_factors,
     update_kronecker_factors_kl_shampoo,
 )
+from emerging_optimizers.soap.incidents import count_skips, report_skipped_gradient
 from emerging_optimizers.soap.layout import Layout, layout_for
 from emerging_optimizers.soap.options import name_of, refresh_frequency, validate_options
 from emerging_optimizers.soap.refresh import refresh_eigenbasis_and_moments
@@ -93,8 +95,10 @@ class SOAP(WeightDecayMixin, Optimizer):
 
     State, per parameter: ``step``, the steps done, 0-D float32 on the CPU; ``exp_avg`` and ``exp_avg_sq``, shaped like
     the parameter and held in the eigenbasis once there is one; ``skipped_steps``, 0-D int64. Preconditioned tensors
-    also have ``refresh_step``, the value of ``step`` after the last refresh, 0 before the first; and for each
-    preconditioned axis k of the working shape ``GG_k`` and ``Q_k``, (d_k, d_k).
+    also have ``refresh_step``, the value of ``step`` after the last refresh, 0 before the first; ``failed_refreshes``,
+    0-D int64, those in which a decomposition failed for good and the last good basis stayed; and for each
+    preconditioned axis k of the working shape ``GG_k`` and ``Q_k``, (d_k, d_k). What was skipped or failed is logged
+    once per kind and counted for the process in ``emerging_optimizers.soap.incidents``.
 
     Raises:
         TypeError: An option has the wrong type.
@@ -111,6 +115,9 @@ class SOAP(WeightDecayMixin, Optimizer):
         >>> loss.item() < 1e-2
         True
     """
+
+    #: Whether this instance is inside ``step``, whose hooks have then been run.
+    _stepping = False
 
     def __init__(
         self,
@@ -237,15 +244,44 @@ class SOAP(WeightDecayMixin, Optimizer):
             for index, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
                     self._check_before_step(parameter, group, index)
+        masks: dict[torch.device, list[Tensor]] = {}
         for group in self.param_groups:
             with fp32_matmul_precision(group["fp32_matmul_prec"]):
-                for parameter in group["params"]:
+                for index, parameter in enumerate(group["params"]):
                     if parameter.grad is not None:
-                        self._step_parameter(parameter, group)
+                        mask = self._step_parameter(parameter, group, index)
+                        if mask is not None:
+                            masks.setdefault(mask.device, []).append(~mask)
+        for skipped in masks.values():
+            count_skips(skipped)
         return loss
 
-    def _step_parameter(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Steps 1 to 9 of the algorithm for one parameter; the kernels see it as a stack of one."""
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Wraps a ``step`` as torch does, for hooks and the profiler, except where a subclass's ``step`` calls it.
+
+        torch wraps the ``step`` of every class that an optimizer was made of, and would run the hooks once per level.
+        """
+        hooked = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(hooked)
+        def once(self: SOAP, *args: Any, **kwargs: Any) -> Any:
+            if self._stepping:
+                return func(self, *args, **kwargs)
+            self._stepping = True
+            try:
+                return hooked(self, *args, **kwargs)
+            finally:
+                self._stepping = False
+
+        return once
+
+    def _step_parameter(self, parameter: Tensor, group: dict[str, Any], index: int) -> Tensor | None:
+        """Steps 1 to 9 of the algorithm for one parameter; the kernels see it as a stack of one.
+
+        Returns:
+            Whether its gradient was usable, where only the device knows.
+        """
         layout = layout_for(parameter, group)
         state = self.state[parameter]
         dtype = working_dtype(parameter)
@@ -254,7 +290,7 @@ class SOAP(WeightDecayMixin, Optimizer):
         step = int(state["step"].item())  # on the CPU: nothing waits for the device
         state["step"] += 1
         if parameter.numel() == 0:
-            return
+            return None
 
         weight = parameter.to(dtype)
         grad = parameter.grad.to(dtype)  # type: ignore[union-attr]
@@ -270,7 +306,8 @@ class SOAP(WeightDecayMixin, Optimizer):
                 finite = None
             else:
                 state["skipped_steps"] += 1
-                return
+                report_skipped_gradient(name_of(group, index), grad)
+                return None
 
         grad = grad.reshape(1, *layout.shape)
         exp_avg, exp_avg_sq = as_stack(state["exp_avg"], layout), as_stack(state["exp_avg_sq"], layout)
@@ -301,6 +338,7 @@ class SOAP(WeightDecayMixin, Optimizer):
         weight.sub_(update.reshape(parameter.shape).mul_(scalar_lr(group["lr"], update)))
         if weight is not parameter:
             parameter.copy_(weight)
+        return finite
 
     @staticmethod
     def _update_factors(
@@ -365,6 +403,8 @@ class SOAP(WeightDecayMixin, Optimizer):
         for old, new in zip(old_tensors, new_tensors, strict=True):
             if old is not None and new is not None:
                 old.copy_(new if finite is None else torch.where(finite, new, old))
+        failed = refreshed.failed[0]
+        state["failed_refreshes"] += failed if finite is None else failed & finite
         state["refresh_step"].fill_(step + 1)
 
     @staticmethod

@@ -35,8 +35,7 @@ def get_eigenbasis_eigh(
     """Eigenvectors of every factor by eigendecomposition, columns in descending order of eigenvalue.
 
     Never fails on a matrix that ``torch.linalg.eigh`` rejects: it is retried in float64, then on the CPU, and then
-    the old basis (or the identity) is kept; one warning is logged and
-    ``emerging_optimizers.soap.eigenbasis.eigh_fallbacks`` counts.
+    the old basis (or the identity) is kept; one warning is logged and ``emerging_optimizers.soap.incidents`` counts.
 
     Source: the exact decomposition of SOAP, arXiv 2409.11321, algorithm 3; the criterion is that of arXiv 2506.03595.
 
@@ -151,7 +150,7 @@ def _refresh_one(
     if factor.numel() == 0:
         return factor, None
     dtype = working_dtype(factor)
-    bases, order, _ = refresh_bases(
+    refreshed = refresh_bases(
         factor.to(dtype).unsqueeze(0),
         None if old is None else old.to(dtype).unsqueeze(0),
         use_eigh=use_eigh,
@@ -159,4 +158,4 @@ def _refresh_one(
         power_iter_steps=power_iter_steps,
         shift=shift,
     )
-    return bases[0], None if order is None else order[0]
+    return refreshed.bases[0], None if refreshed.order is None else refreshed.order[0]

@@ -32,6 +32,7 @@ def init_state(state: dict[str, Any], parameter: Tensor, layout: Layout) -> None
     state["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
     if layout.axes:
         state["refresh_step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        state["failed_refreshes"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
     for axis in layout.axes:
         size = layout.shape[axis]
         state[f"GG_{axis}"] = torch.zeros(size, size, **like)

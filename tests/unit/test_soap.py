@@ -40,6 +40,8 @@ MODES = {
     "clipped": {"max_update_rms": 0.5},
 }
 
+COUNTERS = ("step", "refresh_step", "skipped_steps", "failed_refreshes")
+
 
 class Everything(nn.Module):
     """A layer of each kind that users have: Embedding, Conv2d, LayerNorm, Linear with and without bias, a scalar."""
@@ -105,8 +107,7 @@ def test_every_parameter_dtype_trains_with_state_of_at_least_float32(dtype: torc
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     for parameter, state in optimizer.state.items():
         assert parameter.dtype == dtype
-        matrices = {key: value for key, value in state.items() if key not in ("step", "refresh_step", "skipped_steps")}
-        assert {value.dtype for value in matrices.values()} == {wanted}
+        assert {value.dtype for key, value in state.items() if key not in COUNTERS} == {wanted}
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4), (2, 3, 2, 3), (2, 3, 2, 1, 2)])
@@ -118,7 +119,7 @@ def test_the_state_is_flat_and_its_keys_depend_on_the_shape_alone(shape: tuple, 
     optimizer.step()
     state = optimizer.state[parameter]
     axes = range(len(shape)) if len(shape) > 1 or (precondition_1d and shape) else []
-    wanted = {"step", "exp_avg", "exp_avg_sq", "skipped_steps"} | ({"refresh_step"} if axes else set())
+    wanted = {"exp_avg", "exp_avg_sq", *(COUNTERS if axes else ("step", "skipped_steps"))}
     assert set(state) == wanted | {f"{kind}_{k}" for kind in ("GG", "Q") for k in axes}
     assert all(isinstance(value, Tensor) for value in state.values())
     assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
@@ -202,7 +203,7 @@ def test_a_nonfinite_gradient_leaves_that_tensor_untouched_and_is_counted(
     for p, (weight, state) in list(zip(parameters, before, strict=True))[:2]:
         assert torch.equal(p, weight)
         for key, value in state.items():
-            if key not in ("step", "skipped_steps", "refresh_step"):
+            if key not in COUNTERS:
                 assert torch.equal(optimizer.state[p][key], value), key
     assert [int(optimizer.state[p]["skipped_steps"]) for p in parameters] == [1, 1, 0]
     assert [int(optimizer.state[p]["step"]) for p in parameters] == [warm + 1] * 3

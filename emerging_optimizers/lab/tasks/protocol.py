@@ -30,6 +30,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from emerging_optimizers.lab.printable import printable
+
 METHODS = ("model", "batch", "loss", "validate")
 
 
@@ -66,9 +68,10 @@ class Settings(NamedTuple):
 
 
 def settings_of(task: Task) -> Settings:
-    """Read a task's settings; an attribute it does not have takes the default."""
+    """Read a task's settings, its words made printable; an attribute it does not have takes the default."""
     given = {field: getattr(task, field) for field in Settings._fields if hasattr(task, field)}
-    return Settings(**{"name": type(task).__name__, **given})
+    settings = Settings(**{"name": type(task).__name__, **given})
+    return settings._replace(name=printable(settings.name), metric=printable(settings.metric))
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

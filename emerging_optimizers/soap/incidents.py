@@ -1,0 +1,82 @@
+"""What went wrong and was survived: counted in this process, and told once per kind.
+
+Kinds are "gradient with NaN", "gradient with Inf", "gradient overflows" and "gradient skipped on cuda:0" (there nobody
+waits to learn why); and for a decomposition, "eigh" or "qr": "eigh float64", "eigh cpu" and "eigh kept", by what
+helped in the end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+#: How often each kind has happened in this process.
+incidents: Counter[str] = Counter()
+
+_lock = Lock()
+#: Per device: the skips so far, there and as they have arrived on the host.
+_skips: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+def report(kind: str, message: str, *arguments: object, times: int = 1) -> None:
+    """Counts an incident, and logs a warning if it is the first of its kind.
+
+    Args:
+        kind: What it counts under.
+        message: What to log, with ``%``-style places for the arguments.
+        *arguments: What goes there.
+        times: How often it has happened.
+    """
+    with _lock:
+        first = incidents[kind] == 0
+        incidents[kind] += times
+    if first:
+        logger.warning(message + " Further cases are counted, not logged.", *arguments)
+
+
+def report_skipped_gradient(name: str, grad: Tensor) -> None:
+    """Reports that the tensor called ``name`` was not stepped because of this gradient. Waits for its device."""
+    if bool(grad.isnan().any()):
+        kind = "gradient with NaN"
+    elif bool(grad.isinf().any()):
+        kind = "gradient with Inf"
+    else:
+        kind = "gradient overflows"
+    reason = {"gradient overflows": "overflows when squared"}.get(kind, f"has {kind.removeprefix('gradient with ')}")
+    report(kind, "The gradient of %s %s. The tensor was left as it is; state['skipped_steps'] counts.", name, reason)
+
+
+def count_skips(skipped: Sequence[Tensor]) -> None:
+    """Counts skipped gradients that only their device knows of, and never waits for it.
+
+    The sum travels to the host behind the step, and what has arrived by then is read at a later call. So a skip is
+    told a few steps late at worst, and one in the very last step of a process is only in the state.
+
+    Args:
+        skipped: 0-D boolean tensors on one device: whether a gradient was skipped.
+    """
+    device = skipped[0].device
+    if device not in _skips:
+        there = torch.zeros((), dtype=torch.int64, device=device)
+        _skips[device] = there, torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    there, here = _skips[device]
+    kind = f"gradient skipped on {device}"
+    arrived = int(here) - incidents[kind]
+    if arrived > 0:
+        report(
+            kind,
+            "%d gradients on %s had NaN or Inf or overflowed when squared. Their tensors were left as they are; "
+            "state['skipped_steps'] counts per tensor.",
+            arrived,
+            device,
+            times=arrived,
+        )
+    there += torch.stack(list(skipped)).sum()
+    here.copy_(there, non_blocking=True)
