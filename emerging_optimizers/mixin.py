@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,14 +95,26 @@ class WeightDecayMixin:
         if group["weight_decay_method"] == "l2" or group["weight_decay"] == 0:
             return
         working = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        lr = scalar_lr(group["lr"], working)
-        scale = lr
-        if group["weight_decay_method"] == "independent":
-            scale = (lr != 0).to(working.dtype) if isinstance(lr, Tensor) else float(lr != 0)
-        rate = group["weight_decay"] * scale
+        rate = _decay_rate(group, working)
         working.mul_(1 - rate if finite is None else 1 - rate * finite.to(working.dtype))
         if working is not weight:
             weight.copy_(working)
+
+    @staticmethod
+    def decay_weights_(weights: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """:meth:`decay_weight_` for many weights of one dtype, float32 or float64, on one device at once."""
+        if group["weight_decay_method"] != "l2" and group["weight_decay"] != 0:
+            torch._foreach_mul_(list(weights), 1 - _decay_rate(group, weights[0]))
+
+
+def _decay_rate(group: dict[str, Any], like: Tensor) -> float | Tensor:
+    """The fraction that "decoupled" or "independent" decay takes off a weight."""
+    lr = scalar_lr(group["lr"], like)
+    scale = lr
+    if group["weight_decay_method"] == "independent":
+        scale = (lr != 0).to(like.dtype) if isinstance(lr, Tensor) else float(lr != 0)
+    rate: float | Tensor = group["weight_decay"] * scale
+    return rate
 
 
 def scalar_lr(lr: float | Tensor, like: Tensor) -> float | Tensor:

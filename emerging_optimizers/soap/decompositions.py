@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from emerging_optimizers.soap import state
 from emerging_optimizers.soap.incidents import report
 
 
@@ -60,7 +61,7 @@ def _rescued(
     result = _attempt(decompose, matrices)
     if result is not None:
         usable = result.isfinite().all(-1).all(-1)
-        if waits_for_nothing(matrices.device):
+        if state.masks_on(matrices.device):
             return torch.where(usable.view(-1, 1, 1), result, last_good), ~usable
         if bool(usable.all()):
             return result, ~usable
@@ -105,8 +106,3 @@ def _report(name: str, help_from: str, matrix: Tensor, outcome: str) -> None:
         matrix.device,
         outcome,
     )
-
-
-def waits_for_nothing(device: torch.device) -> bool:
-    """Whether to keep the last good basis by a mask, without asking the device and so without a retry."""
-    return device.type != "cpu"

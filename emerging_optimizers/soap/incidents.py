@@ -60,9 +60,13 @@ def count_skips(skipped: Sequence[Tensor]) -> None:
     told a few steps late at worst, and one in the very last step of a process is only in the state.
 
     Args:
-        skipped: 0-D boolean tensors on one device: whether a gradient was skipped.
+        skipped: Boolean vectors: whether a gradient was skipped.
     """
-    device = skipped[0].device
+    for device in {vector.device for vector in skipped}:
+        _count_on(device, torch.cat([vector for vector in skipped if vector.device == device]))
+
+
+def _count_on(device: torch.device, skipped: Tensor) -> None:
     if device not in _skips:
         there = torch.zeros((), dtype=torch.int64, device=device)
         _skips[device] = there, torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
@@ -78,5 +82,5 @@ def count_skips(skipped: Sequence[Tensor]) -> None:
             device,
             times=arrived,
         )
-    there += torch.stack(list(skipped)).sum()
+    there += skipped.sum()
     here.copy_(there, non_blocking=True)

@@ -88,10 +88,10 @@ def refresh_eigenbasis_and_moments(
         any_failed |= axis_result.failed
 
     original = exp_avg if bases is None else project_back(exp_avg, bases)
-    new_exp_avg = torch.where(_along_stack(any_refreshed, exp_avg), project(original, new_bases), exp_avg)
+    new_exp_avg = torch.where(along_stack(any_refreshed, exp_avg), project(original, new_bases), exp_avg)
     if bases is None or second_moment_refresh == "kronecker":
         estimate = kronecker_second_moment(exp_avg_sq, factors, new_bases)
-        permuted = torch.where(_along_stack(any_refreshed, exp_avg), estimate, permuted)
+        permuted = torch.where(along_stack(any_refreshed, exp_avg), estimate, permuted)
     return Refreshed(new_bases, new_exp_avg, permuted, any_failed)
 
 
@@ -124,7 +124,7 @@ def kronecker_second_moment(
         estimate = estimate * _along(share, axis, exp_avg_sq)
     # A factor or moment of zeros gives 0 / 0.
     usable = estimate.isfinite().flatten(1).all(1)
-    return torch.where(_along_stack(usable, exp_avg_sq), estimate, exp_avg_sq)
+    return torch.where(along_stack(usable, exp_avg_sq), estimate, exp_avg_sq)
 
 
 def _along(values: Tensor, axis: int, like: Tensor) -> Tensor:
@@ -134,6 +134,6 @@ def _along(values: Tensor, axis: int, like: Tensor) -> Tensor:
     return values.reshape(shape)
 
 
-def _along_stack(values: Tensor, like: Tensor) -> Tensor:
+def along_stack(values: Tensor, like: Tensor) -> Tensor:
     """(B,) shaped so that it broadcasts against (B, d_1, .., d_N)."""
     return values.view(-1, *[1] * (like.dim() - 1))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from emerging_optimizers.adam import adam_direction, raise_to_floor
-from emerging_optimizers.mixin import WeightDecayMixin, scalar_lr
+from emerging_optimizers.mixin import WeightDecayMixin
 from emerging_optimizers.precision import fp32_matmul_precision
-from emerging_optimizers.soap import kronecker
+from emerging_optimizers.soap.algorithm import is_usable, step_run
+from emerging_optimizers.soap.buckets import Bucket, form_buckets
 from emerging_optimizers.soap.checkpoint import load_exactly, without_callables
 from emerging_optimizers.soap.functional import (
     init_kronecker_factors,
@@ -22,11 +22,10 @@ from emerging_optimizers.soap.functional import (
     update_kronecker_factors,
     update_kronecker_factors_kl_shampoo,
 )
-from emerging_optimizers.soap.incidents import count_skips, report_skipped_gradient
-from emerging_optimizers.soap.layout import Layout, layout_for
+from emerging_optimizers.soap.incidents import count_skips
+from emerging_optimizers.soap.layout import layout_for
 from emerging_optimizers.soap.options import name_of, refresh_frequency, validate_options
-from emerging_optimizers.soap.refresh import refresh_eigenbasis_and_moments
-from emerging_optimizers.soap.state import as_stack, fits, has_basis, init_state, stacked, working_dtype
+from emerging_optimizers.soap.state import fits, working_dtype
 
 __all__ = [
     "SOAP",
@@ -118,6 +117,8 @@ class SOAP(WeightDecayMixin, Optimizer):
 
     #: Whether this instance is inside ``step``, whose hooks have then been run.
     _stepping = False
+    #: Per parameter group. Nothing but a cache: they are formed from the state.
+    _buckets: list[list[Bucket]] = []
 
     def __init__(
         self,
@@ -241,19 +242,14 @@ class SOAP(WeightDecayMixin, Optimizer):
                 loss = closure()
         for group in self.param_groups:
             validate_options(group)  # a scheduler or a user may have changed them
-            for index, parameter in enumerate(group["params"]):
-                if parameter.grad is not None:
-                    self._check_before_step(parameter, group, index)
-        masks: dict[torch.device, list[Tensor]] = {}
-        for group in self.param_groups:
+            self._check_gradients(group)
+        dues = [self._due_steps(group) for group in self.param_groups]
+        skipped: list[Tensor] = []
+        for group, buckets, due in zip(self.param_groups, self._form_buckets(), dues, strict=True):
             with fp32_matmul_precision(group["fp32_matmul_prec"]):
-                for index, parameter in enumerate(group["params"]):
-                    if parameter.grad is not None:
-                        mask = self._step_parameter(parameter, group, index)
-                        if mask is not None:
-                            masks.setdefault(mask.device, []).append(~mask)
-        for skipped in masks.values():
-            count_skips(skipped)
+                for run in [run for bucket in buckets for run in bucket.runs()]:
+                    step_run(run, group, due, skipped)
+        count_skips(skipped)
         return loss
 
     @staticmethod
@@ -276,181 +272,36 @@ class SOAP(WeightDecayMixin, Optimizer):
 
         return once
 
-    def _step_parameter(self, parameter: Tensor, group: dict[str, Any], index: int) -> Tensor | None:
-        """Steps 1 to 9 of the algorithm for one parameter; the kernels see it as a stack of one.
+    def _check_gradients(self, group: dict[str, Any]) -> None:
+        """Raises what a step could raise about a parameter, before it changes anything."""
+        for index, parameter in enumerate(group["params"]):
+            grad = parameter.grad
+            if grad is None:
+                continue
+            if grad.layout != torch.strided or grad.is_complex():
+                kind = "complex" if grad.is_complex() else "sparse"
+                raise RuntimeError(f"SOAP does not support {kind} gradients, got one for {name_of(group, index)}")
+            if group["nonfinite"] == "raise" and not bool(
+                is_usable(torch.linalg.vector_norm(grad.to(working_dtype(parameter))))
+            ):
+                raise RuntimeError(f"The gradient of {name_of(group, index)} has NaN or Inf entries, or overflows")
+            state = self.state.get(parameter)
+            if state and not fits(state, layout_for(parameter, group)):
+                raise RuntimeError(
+                    f"The state of {name_of(group, index)} has other preconditioned axes than max_precond_dim, "
+                    "merge_dims and precondition_1d now give; they cannot change after the first step"
+                )
 
-        Returns:
-            Whether its gradient was usable, where only the device knows.
-        """
-        layout = layout_for(parameter, group)
-        state = self.state[parameter]
-        dtype = working_dtype(parameter)
-        if not state:
-            init_state(state, parameter, layout)
-        step = int(state["step"].item())  # on the CPU: nothing waits for the device
-        state["step"] += 1
-        if parameter.numel() == 0:
-            return None
+    def _due_steps(self, group: dict[str, Any]) -> set[int]:
+        """Those of the steps that the group's tensors are at, at which an existing basis is to be refreshed."""
+        states = [self.state[p] for p in group["params"] if p.grad is not None and self.state.get(p)]
+        steps = {int(state["step"]) for state in states if "refresh_step" in state and state["refresh_step"] > 0}
+        frequency = group["precondition_frequency"]
+        return {t for t in steps if t >= group["adam_warmup_steps"] and t % refresh_frequency(frequency, t) == 0}
 
-        weight = parameter.to(dtype)
-        grad = parameter.grad.to(dtype)  # type: ignore[union-attr]
-        if group["maximize"]:
-            grad = -grad
-        grad = self.regularized_grad(grad, weight, group)
-        finite = is_usable(grad) if group["nonfinite"] == "skip" else None
-        if finite is not None:
-            if masks_on(grad.device):
-                grad = torch.where(finite, grad, 0.0)
-                state["skipped_steps"] += ~finite
-            elif finite:
-                finite = None
-            else:
-                state["skipped_steps"] += 1
-                report_skipped_gradient(name_of(group, index), grad)
-                return None
-
-        grad = grad.reshape(1, *layout.shape)
-        exp_avg, exp_avg_sq = as_stack(state["exp_avg"], layout), as_stack(state["exp_avg_sq"], layout)
-        bases: list[Tensor | None] | None = None
-        if layout.axes:
-            self._update_factors(state, grad, group, layout, step, finite)
-            self._refresh_if_due(state, exp_avg, exp_avg_sq, group, layout, step, finite)
-            if has_basis(state):
-                bases = stacked(state, "Q", layout)
-                grad = kronecker.project(grad, bases)
-        update = adam_direction(
-            grad,
-            exp_avg,
-            exp_avg_sq,
-            step=step + 1,
-            betas=group["betas"],
-            eps=group["eps"],
-            correct_bias=group["correct_bias"],
-            use_nesterov=group["use_nesterov"],
-            finite=finite,
-        )
-        if bases is not None:
-            update = kronecker.project_back(update, bases)
-        if group["max_update_rms"] > 0:
-            update = clip_rms(update, group["max_update_rms"])
-
-        self.decay_weight_(weight, group, finite)
-        weight.sub_(update.reshape(parameter.shape).mul_(scalar_lr(group["lr"], update)))
-        if weight is not parameter:
-            parameter.copy_(weight)
-        return finite
-
-    @staticmethod
-    def _update_factors(
-        state: dict[str, Any],
-        grad: Tensor,
-        group: dict[str, Any],
-        layout: Layout,
-        step: int,
-        finite: Tensor | None,
-    ) -> None:
-        """Step 2 and 3: decays the Kronecker factors and adds this gradient's."""
-        beta = group["shampoo_beta"] if group["shampoo_beta"] >= 0 else group["betas"][1]
-        correct = group["correct_shampoo_beta_bias"]
-        if group["correct_bias"] if correct is None else correct:
-            beta = 1 - (1 - beta) / (1 - beta ** (step + 1))
-        factors = stacked(state, "GG", layout)
-        stack_finite = None if finite is None else finite.view(1)
-        if group["use_kl_shampoo"]:
-            # Without a basis the others are the identity, so that 1 / eps never enters the first update.
-            bases = stacked(state, "Q", layout) if has_basis(state) else None
-            kronecker.update_factors_kl(factors, grad, beta, bases, group["eps"], finite=stack_finite)
-        else:
-            kronecker.update_factors(factors, grad, beta, stack_finite)
-
-    @staticmethod
-    def _refresh_if_due(
-        state: dict[str, Any],
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        group: dict[str, Any],
-        layout: Layout,
-        step: int,
-        finite: Tensor | None,
-    ) -> None:
-        """Step 4: new eigenbases, with the moments carried into them."""
-        if not SOAP._is_due(state, group, step):
-            return
-        factors = stacked(state, "GG", layout)
-        bases = None
-        if has_basis(state):
-            bases = stacked(state, "Q", layout)
-        else:
-            # A zero factor has no eigenbasis: layers behind a zero-initialised one, and tensors whose first gradient
-            # was skipped, wait for their first gradient. eigh waits for the device anyway. Factors are zero together.
-            factor = state[f"GG_{layout.axes[0]}"]
-            if not bool(factor.any() if finite is None else factor.any() & finite):
-                return
-        refreshed = refresh_eigenbasis_and_moments(
-            factors,
-            bases,
-            exp_avg,
-            exp_avg_sq,
-            use_eigh=group["use_eigh"],
-            adaptive_tolerance=group["adaptive_update_tolerance"] if group["use_adaptive_criteria"] else None,
-            power_iter_steps=group["power_iter_steps"],
-            second_moment_refresh=group["second_moment_refresh"],
-            matmul_precision=group["qr_fp32_matmul_prec"],
-        )
-        old_tensors = [exp_avg, exp_avg_sq, *stacked(state, "Q", layout)]
-        new_exp_avg_sq = raise_to_floor(refreshed.exp_avg_sq, refreshed.exp_avg, step, group["betas"])
-        new_tensors = [refreshed.exp_avg, new_exp_avg_sq, *refreshed.bases]
-        for old, new in zip(old_tensors, new_tensors, strict=True):
-            if old is not None and new is not None:
-                old.copy_(new if finite is None else torch.where(finite, new, old))
-        failed = refreshed.failed[0]
-        state["failed_refreshes"] += failed if finite is None else failed & finite
-        state["refresh_step"].fill_(step + 1)
-
-    @staticmethod
-    def _is_due(state: dict[str, Any], group: dict[str, Any], step: int) -> bool:
-        """Whether to refresh at ``step``: not in the warm-up; always without a basis; else every f steps."""
-        if step < group["adam_warmup_steps"]:
-            return False
-        return not has_basis(state) or step % refresh_frequency(group["precondition_frequency"], step) == 0
-
-    def _check_before_step(self, parameter: Tensor, group: dict[str, Any], index: int) -> None:
-        """Raises what a step could raise, before it changes anything."""
-        grad = parameter.grad
-        assert grad is not None
-        if grad.layout != torch.strided or grad.is_complex():
-            kind = "complex" if grad.is_complex() else "sparse"
-            raise RuntimeError(f"SOAP does not support {kind} gradients, got one for {name_of(group, index)}")
-        if group["nonfinite"] == "raise" and not bool(is_usable(grad.to(working_dtype(parameter)))):
-            raise RuntimeError(f"The gradient of {name_of(group, index)} has NaN or Inf entries, or overflows")
-        state = self.state.get(parameter)
-        if not state:
-            return
-        if not fits(state, layout_for(parameter, group)):
-            raise RuntimeError(
-                f"The state of {name_of(group, index)} has other preconditioned axes than max_precond_dim, merge_dims "
-                "and precondition_1d now give; they cannot change after the first step"
-            )
-        if "refresh_step" in state:
-            self._is_due(state, group, int(state["step"].item()))
-
-
-def is_usable(grad: Tensor) -> Tensor:
-    """Whether a gradient is finite, and so is the sum of its squares: a 0-D boolean on its device.
-
-    An entry that overflows when squared would set its second moment to Inf and freeze its weight for good.
-    """
-    norm: Tensor = torch.linalg.vector_norm(grad)
-    usable: Tensor = norm < torch.finfo(grad.dtype).max ** 0.5  # false for NaN too
-    return usable
-
-
-def masks_on(device: torch.device) -> bool:
-    """Whether to decide on the device, with masks, what could be branched on: yes where asking would mean waiting."""
-    return device.type != "cpu"
-
-
-def clip_rms(update: Tensor, max_rms: float) -> Tensor:
-    """``U * min(1, max_rms / (rms(U) + 1e-7))`` (Adafactor, arXiv 1804.04235, section 6), on a stack of one."""
-    rms: Tensor = torch.linalg.vector_norm(update) / update.numel() ** 0.5
-    return update * (max_rms / (rms + 1e-7)).clamp(max=1.0)
+    def _form_buckets(self) -> list[list[Bucket]]:
+        """The buckets of every group; those of the last step where nothing has changed."""
+        former = self._buckets + [[]] * len(self.param_groups)
+        pairs = zip(self.param_groups, former, strict=False)
+        self._buckets = [form_buckets(group, self.state, buckets) for group, buckets in pairs]
+        return self._buckets

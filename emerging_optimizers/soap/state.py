@@ -1,4 +1,4 @@
-"""A parameter's optimizer state: flat tensors, made at its first step and read as stacks of one."""
+"""A parameter's optimizer state: which tensors it has, of what shape and dtype, and where they live."""
 
 from __future__ import annotations
 
@@ -39,22 +39,12 @@ def init_state(state: dict[str, Any], parameter: Tensor, layout: Layout) -> None
         state[f"Q_{axis}"] = torch.eye(size, **like)
 
 
-def has_basis(state: dict[str, Any]) -> bool:
-    """Whether the moments are held in an eigenbasis yet."""
-    return bool(state["refresh_step"].item() > 0)
-
-
-def stacked(state: dict[str, Any], kind: str, layout: Layout) -> list[Tensor | None]:
-    """The factors ("GG") or bases ("Q") per axis of the working shape, as views (1, d, d); None without one."""
-    return [state[f"{kind}_{k}"].unsqueeze(0) if k in layout.axes else None for k in range(len(layout.shape))]
-
-
 def fits(state: dict[str, Any], layout: Layout) -> bool:
     """Whether the state was made for this layout."""
     factors = {key: value.shape[0] for key, value in state.items() if key.startswith("GG_")}
     return factors == {f"GG_{axis}": layout.shape[axis] for axis in layout.axes}
 
 
-def as_stack(moment: Tensor, layout: Layout) -> Tensor:
-    """A moment in its working shape, (1, d_1, .., d_N), as a view."""
-    return moment.view(1, *layout.shape)
+def masks_on(device: torch.device) -> bool:
+    """Whether to decide on the device, with masks, what could be branched on: yes where asking would mean waiting."""
+    return device.type != "cpu"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import emerging_optimizers
-from emerging_optimizers.soap import SOAP, decompositions, incidents
+from emerging_optimizers.soap import SOAP, incidents, state
 from emerging_optimizers.soap.decompositions import eigenvectors, orthonormal_columns
 from emerging_optimizers.soap.eigenbasis import refresh_bases
 from emerging_optimizers.soap.refresh import refresh_eigenbasis_and_moments
@@ -167,7 +167,7 @@ def test_each_kind_is_told_once_and_counted_always(
 def test_a_matrix_with_nan_keeps_its_basis_and_leaves_its_neighbour_alone(
     decompose: Callable, masks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decompositions, "waits_for_nothing", lambda device: masks)
+    monkeypatch.setattr(state, "masks_on", lambda device: masks)
     matrices, last_good = random_factors(2, 4), torch.eye(4).expand(2, 4, 4)
     expected, _ = decompose(matrices, last_good)
     matrices[0, 2, 1] = float("nan")
@@ -304,7 +304,7 @@ def test_skipped_gradients_are_told_once_per_kind_with_the_parameters_name(
 def test_skips_that_only_the_device_knows_of_are_told_at_a_later_step(
     counted: dict[str, int], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emerging_optimizers.soap.soap.masks_on", lambda device: True)
+    monkeypatch.setattr("emerging_optimizers.soap.state.masks_on", lambda device: True)
     monkeypatch.setattr(incidents, "_skips", {})
     parameters = [torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(4))]
     optimizer = SOAP(parameters, lr=0.1)

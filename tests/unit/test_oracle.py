@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.soap import SOAP
-from emerging_optimizers.soap import soap as soap_module
+from emerging_optimizers.soap import state as state_module
 from tests.oracle import OracleSOAP, preconditioned_axes, working_shape
 from tests.unit.pairwise import all_pairs, covered_pairs, pairwise_design
 
@@ -273,7 +273,7 @@ def test_the_design_covers_every_pair_of_levels_where_both_matter() -> None:
 def test_soap_equals_the_oracle_over_30_steps(
     case: Mapping, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(soap_module, "masks_on", lambda device: dtype == torch.float64)  # both ways, on the CPU
+    monkeypatch.setattr(state_module, "masks_on", lambda device: dtype == torch.float64)  # both ways, on the CPU
     options = options_of(case)
     shape = SHAPES[case["shape"]]
     pair = run([shape, shape, (3,)], options, dtype)  # two of a shape, to meet any batching, and a stranger

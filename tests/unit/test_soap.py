@@ -13,7 +13,7 @@ from emerging_optimizers.adam import adam_direction, raise_to_floor
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.schedules import LinearFrequency
 from emerging_optimizers.soap import SOAP, eigenbasis, kronecker
-from emerging_optimizers.soap import soap as soap_module
+from emerging_optimizers.soap import state as state_module
 
 MODES = {
     "default": {},
@@ -182,7 +182,7 @@ def test_a_tensor_without_gradient_signal_waits_for_it_with_its_first_basis() ->
 def test_a_nonfinite_gradient_leaves_that_tensor_untouched_and_is_counted(
     weight_decay_method: str, warm: int, bad: float, masks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(soap_module, "masks_on", lambda device: masks)  # what a GPU does, on the CPU
+    monkeypatch.setattr(state_module, "masks_on", lambda device: masks)  # what a GPU does, on the CPU
     options = {"lr": 0.1, "weight_decay": 0.1, "weight_decay_method": weight_decay_method, "use_kl_shampoo": warm > 0}
     parameters = [nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3, 4))]
     optimizer = SOAP(parameters, precondition_1d=True, eps=0.0 if warm == 0 else 1e-8, **options)
@@ -216,7 +216,7 @@ def test_a_nonfinite_gradient_leaves_that_tensor_untouched_and_is_counted(
 
 @pytest.mark.parametrize("masks", [False, True])
 def test_a_nonfinite_gradient_at_the_first_refresh_postpones_it(masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soap_module, "masks_on", lambda device: masks)
+    monkeypatch.setattr(state_module, "masks_on", lambda device: masks)
     parameter = nn.Parameter(torch.ones(3, 4))
     optimizer = SOAP([parameter], lr=0.1, adam_warmup_steps=3, precondition_frequency=100)
     for seed in range(6):

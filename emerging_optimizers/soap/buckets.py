@@ -1,0 +1,239 @@
+"""Buckets: parameters of one group that are worked on together, and the storage of their state.
+
+Parameters with the same layout, working dtype and device are one stacked problem ``(B, d_1, .., d_N)``; the batched
+kernels then do in one call what would be B calls. Parameters without a preconditioned axis are laid end to end in one
+vector, since Adam is elementwise. Either way the state tensors of a parameter are views into the bucket's storage:
+nothing is copied to batch it, and ``state_dict()`` sees ordinary per-parameter tensors.
+
+Which parameters share a bucket, and in which order, depends only on the group's parameter list and on which of them
+have state. A run that is resumed from a checkpoint therefore forms the same buckets, and rounds alike.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emerging_optimizers.soap.layout import Layout, layout_for
+from emerging_optimizers.soap.state import HOST_KEYS, init_state, working_dtype
+
+#: A bucket of several parameters has at most this many elements per stack, which bounds the extra memory of a step.
+CHUNK_ELEMENTS = 2**22
+
+NO_AXIS = Layout((), ())
+
+
+class Bucket:
+    """Parameters with one layout, or without a preconditioned axis, and their state in stacks.
+
+    Args:
+        layout: The members' layout; None for members of any shape without a preconditioned axis ("flat").
+        members: Index in the group, and parameter.
+        states: Their states in the optimizer, empty for a parameter that has none yet; what is there is copied.
+
+    Attributes:
+        stacks: Per key of the state the storage: (B,) for counters, (B, d_1, .., d_N) for moments, (B, d, d) for
+            factors and bases; the moments of a flat bucket are one vector.
+    """
+
+    def __init__(
+        self, layout: Layout | None, members: Sequence[tuple[int, Tensor]], states: Sequence[dict[str, Any]]
+    ) -> None:
+        self.layout = layout
+        self.indices = [index for index, _ in members]
+        self.parameters = [parameter for _, parameter in members]
+        self.dtype = working_dtype(*self.parameters)
+        self.device = self.parameters[0].device
+        self.offsets = [0, *accumulate(p.numel() for p in self.parameters)]
+        self.sizes = torch.tensor([p.numel() for p in self.parameters], device=self.device)
+        self.stacks: dict[str, Tensor] = {}
+        self._views: list[dict[str, Tensor]] = [{} for _ in members]
+        one: dict[str, Tensor] = {}
+        init_state(one, self.parameters[0], layout or NO_AXIS)
+        for key, fresh in one.items():
+            elementwise = layout is None and key not in (*HOST_KEYS, "skipped_steps")
+            if elementwise:
+                stack = torch.zeros(self.offsets[-1], dtype=fresh.dtype, device=fresh.device)
+            else:
+                stack = fresh.expand(len(members), *fresh.shape).clone(memory_format=torch.contiguous_format)
+            self.stacks[key] = stack
+            for b, parameter in enumerate(self.parameters):
+                view = stack[self.offsets[b] : self.offsets[b + 1]] if elementwise else stack[b]
+                self._views[b][key] = view.view(parameter.shape) if key.startswith("exp_avg") else view
+        for state, views in zip(states, self._views, strict=True):
+            for key, view in views.items():
+                if key in state:
+                    view.copy_(state[key])
+            state.update(views)
+        if layout is not None:
+            for key in ("exp_avg", "exp_avg_sq"):
+                self.stacks[key] = self.stacks[key].view(len(members), *layout.shape)
+
+    def holds(self, states: Sequence[dict[str, Any]]) -> bool:
+        """Whether the members' states are still the views that this bucket made, and nobody else's tensors."""
+        return all(
+            len(state) == len(views)
+            and all(map(operator.is_, state.values(), views.values()))
+            and state["exp_avg"].untyped_storage().data_ptr() == self.stacks["exp_avg"].untyped_storage().data_ptr()
+            for state, views in zip(states, self._views, strict=True)
+        )
+
+    def runs(self) -> Iterator[Run]:
+        """The members that have a gradient, cut where two neighbours differ in their clock."""
+        steps = self.stacks["step"].tolist()
+        refresh_steps = self.stacks["refresh_step"].tolist() if self.layout else [0.0] * len(steps)
+        clocks = [
+            None if parameter.grad is None else (int(step), refresh_step > 0)
+            for parameter, step, refresh_step in zip(self.parameters, steps, refresh_steps, strict=True)
+        ]
+        for start, stop in stretches(clocks):
+            clock = clocks[start]
+            if clock is not None:
+                yield Run(self, start, stop, *clock)
+
+
+class Run:
+    """Neighbours in a bucket that do the same in a step, as views of the bucket's stacks.
+
+    Args:
+        bucket: The bucket.
+        start: The first of them.
+        stop: One past the last.
+        step: The steps that they have done.
+        based: Whether they have an eigenbasis.
+    """
+
+    def __init__(self, bucket: Bucket, start: int, stop: int, step: int, based: bool) -> None:
+        self.bucket, self.start, self.stop, self.step, self.based = bucket, start, stop, step, based
+        self.layout = bucket.layout
+        self.parameters = bucket.parameters[start:stop]
+        self.indices = bucket.indices[start:stop]
+
+    def part(self, start: int, stop: int) -> Run:
+        """Some of them, counted from this run's first."""
+        return Run(self.bucket, self.start + start, self.start + stop, self.step, self.based)
+
+    def part_of(self, joined: Tensor, start: int, stop: int) -> Tensor:
+        """What :meth:`join` would have made of :meth:`part`, as a view of what it made of all."""
+        if self.layout is not None:
+            return joined[start:stop]
+        first, *_ = offsets = self.bucket.offsets[self.start : self.stop + 1]
+        return joined[offsets[start] - first : offsets[stop] - first]
+
+    def counters(self, key: str) -> Tensor:
+        """``step`` and the like, (B,)."""
+        return self.bucket.stacks[key][self.start : self.stop]
+
+    def moment(self, key: str) -> Tensor:
+        """``exp_avg`` or ``exp_avg_sq``, shaped like what :meth:`join` makes."""
+        stack = self.bucket.stacks[key]
+        if self.layout is not None:
+            return stack[self.start : self.stop]
+        return stack[self.bucket.offsets[self.start] : self.bucket.offsets[self.stop]]
+
+    def matrices(self, kind: str) -> list[Tensor | None]:
+        """The factors ("GG") or bases ("Q") per axis of the working shape, (B, d, d); None for an axis without one."""
+        layout = self.layout or NO_AXIS
+        return [
+            self.bucket.stacks[f"{kind}_{k}"][self.start : self.stop] if k in layout.axes else None
+            for k in range(len(layout.shape))
+        ]
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors shaped like the parameters as one stack (B, d_1, .., d_N), or vector, in the working dtype.
+
+        A single one is not copied if it need not be: the result must not be written to.
+        """
+        shape = (-1,) if self.layout is None else (1, *self.layout.shape)
+        if len(tensors) == 1:
+            return tensors[0].reshape(shape).to(self.bucket.dtype)
+        return torch.cat([tensor.reshape(shape) for tensor in tensors]).to(self.bucket.dtype)
+
+    def split(self, joined: Tensor) -> list[Tensor]:
+        """The inverse of :meth:`join`, as views."""
+        sizes = [p.numel() for p in self.parameters]
+        parts = joined.unbind() if self.layout is not None else torch.split(joined, sizes)
+        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+
+    def norms(self, joined: Tensor) -> Tensor:
+        """The Euclidean norm of each one's part of what :meth:`join` made, (B,)."""
+        if self.layout is not None:
+            norms: Tensor = torch.linalg.vector_norm(joined.flatten(1), dim=1)
+            return norms
+        return torch.stack(torch._foreach_norm(self.split(joined)))
+
+    def sizes(self) -> Tensor:
+        """The number of elements of each, (B,)."""
+        return self.bucket.sizes[self.start : self.stop]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One value for each, (B,), shaped so that it broadcasts against what :meth:`join` makes."""
+        if self.layout is not None:
+            return values.view(-1, *[1] * len(self.layout.shape))
+        size = self.bucket.offsets[self.stop] - self.bucket.offsets[self.start]
+        return values.repeat_interleave(self.sizes(), output_size=size)
+
+
+def stretches(values: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    """Start and stop of each longest stretch of equal neighbours.
+
+    Example:
+        >>> list(stretches([1, 1, 2, 1]))
+        [(0, 2), (2, 3), (3, 4)]
+    """
+    start = 0
+    for stop in range(1, len(values) + 1):
+        if stop == len(values) or values[stop] != values[start]:
+            yield start, stop
+            start = stop
+
+
+def form_buckets(
+    group: dict[str, Any], states: dict[Tensor, dict[str, Any]], former: Sequence[Bucket] = ()
+) -> list[Bucket]:
+    """The buckets of a group: of every parameter that has a gradient now or has had one.
+
+    Args:
+        group: The parameter group.
+        states: The optimizer's state; gets an entry for each parameter that has a gradient and none yet.
+        former: The buckets so far; those that still stand are used again, so that their state stays where it is.
+    """
+    kinds: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
+    for index, parameter in enumerate(group["params"]):
+        if parameter.grad is not None or states.get(parameter):
+            layout = layout_for(parameter, group)
+            kind = (layout if layout.axes else None, working_dtype(parameter), parameter.device)
+            kinds.setdefault(kind, []).append((index, parameter))
+    standing = {tuple(map(id, bucket.parameters)): bucket for bucket in former}
+    buckets = []
+    for (layout, *_), members in kinds.items():
+        for chunk in _chunks(layout, members):
+            bucket = standing.get(tuple(id(parameter) for _, parameter in chunk))
+            chunk_states = [states[parameter] for _, parameter in chunk]
+            if bucket is None or bucket.layout != layout or not bucket.holds(chunk_states):
+                bucket = Bucket(layout, chunk, chunk_states)
+            bucket.indices = [index for index, _ in chunk]
+            buckets.append(bucket)
+    return buckets
+
+
+def _chunks(layout: Layout | None, members: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+    """Cuts members so that no stack of several has more than :data:`CHUNK_ELEMENTS`."""
+    factors = max((layout.shape[axis] ** 2 for axis in layout.axes), default=0) if layout is not None else 0
+    chunk: list[tuple[int, Tensor]] = []
+    filled = 0
+    for index, parameter in members:
+        size = max(prod(parameter.shape), factors)
+        if chunk and filled + size > CHUNK_ELEMENTS:
+            yield chunk
+            chunk, filled = [], 0
+        chunk.append((index, parameter))
+        filled += size
+    if chunk:
+        yield chunk

@@ -1,0 +1,191 @@
+"""Buckets: the same results as one parameter at a time, with state tensors that are views and never copied to step."""
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from emerging_optimizers.soap import SOAP, buckets
+from emerging_optimizers.soap import state as state_module
+from tests.unit.test_soap import MODES, new_model, train
+
+SHAPES = [(6, 4), (6, 4), (4, 6), (6, 4), (5,), (), (5,), (3, 2, 2), (3, 2, 2), (6, 4), (0, 4), (1, 7)]
+
+
+def new_parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(7)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def set_gradients(parameters: list[nn.Parameter], step: int, missing: Callable[[int], bool] = lambda i: False) -> None:
+    for i, p in enumerate(parameters):
+        gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+        p.grad = None if missing(i) else gradient.to(p.dtype)
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[[SOAP], None]:
+    """Steps an optimizer whose every bucket holds one parameter."""
+
+    def step(optimizer: SOAP) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(buckets, "CHUNK_ELEMENTS", 0)
+            optimizer.step()
+        assert all(len(bucket.parameters) == 1 for group in optimizer._buckets for bucket in group)
+
+    return step
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bucket_equals_its_parameters_one_by_one(
+    mode: str, dtype: torch.dtype, masks: bool, one_by_one: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_module, "masks_on", lambda device: masks)
+    options = {"lr": 0.01, "weight_decay": 0.1, **MODES[mode], "eps": 1e-4}
+    if mode in ("raise", "propagate"):
+        options["nonfinite"] = "skip"
+    together, alone = new_parameters(dtype), new_parameters(dtype)
+    optimizer, control = SOAP(together, **options), SOAP(alone, **options)
+    for step in range(14):
+        # Parameters 3, 4 and 8 start late, 1 and 6 miss steps, 9 and 5 have gradients that cannot be used.
+        for parameters in (together, alone):
+            set_gradients(
+                parameters, step, lambda i, t=step: (i in (3, 4, 8) and t < 3) or (i in (1, 6) and t % 4 == 2)
+            )
+            if step in (0, 5, 6):
+                parameters[9].grad[0, 0] = float("nan")
+                parameters[5].grad.fill_(float("inf"))
+        optimizer.step()
+        one_by_one(control)
+        tolerance = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-3}
+        for p, q in zip(together, alone, strict=True):
+            torch.testing.assert_close(p, q, **tolerance)
+    assert max(len(bucket.parameters) for bucket in optimizer._buckets[0]) >= 4
+    counters = ("step", "refresh_step", "skipped_steps")
+    for p, q in zip(together, alone, strict=True):
+        for key in counters:
+            assert optimizer.state[p].get(key) == control.state[q].get(key), key
+    assert [int(optimizer.state[p]["skipped_steps"]) for p in together] == [0, 0, 0, 0, 0, 3, 0, 0, 0, 3, 0, 0]
+
+
+def pointers(optimizer: SOAP) -> dict[tuple[int, str], int]:
+    return {
+        (i, key): value.data_ptr()
+        for i, p in enumerate(optimizer.param_groups[0]["params"])
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+@pytest.mark.parametrize("mode", ["default", "kl", "eigh", "kronecker", "1-D"])
+def test_no_state_is_moved_by_a_step(mode: str) -> None:
+    parameters = new_parameters()
+    optimizer = SOAP(parameters, lr=0.1, **MODES[mode])
+    set_gradients(parameters, 0)
+    optimizer.step()
+    before = pointers(optimizer)
+    for step in range(1, 6):
+        set_gradients(parameters, step, lambda i, t=step: i % 5 == t)
+        optimizer.step()
+    assert pointers(optimizer) == before
+
+
+def test_a_late_starter_moves_only_the_bucket_that_it_joins() -> None:
+    parameters = new_parameters()
+    optimizer = SOAP(parameters, lr=0.1)
+    set_gradients(parameters, 0, lambda i: i == 3)
+    optimizer.step()
+    before, values = pointers(optimizer), copy.deepcopy(optimizer.state[parameters[0]])
+    moved = set()
+    for step in range(1, 3):
+        set_gradients(parameters, step)
+        for p in parameters[:1]:
+            p.grad = None
+        optimizer.step()
+        moved |= {i for (i, key), pointer in pointers(optimizer).items() if before.get((i, key), pointer) != pointer}
+    # Of the same shape as parameter 3; the first of them had no gradient, but it moves along unchanged.
+    assert moved == {0, 1, 9}
+    assert all(torch.equal(optimizer.state[parameters[0]][key], value) for key, value in values.items())
+
+
+def replace(state: dict[str, Tensor], how: str) -> None:
+    if how == "another tensor":
+        state["exp_avg"] = state["exp_avg"].clone() * 2
+    elif how == "another factor":
+        state["GG_0"] = state["GG_0"].clone() * 2
+    elif how == "data":
+        state["exp_avg"].data = state["exp_avg"].clone() * 2
+    elif how == "counter":
+        state["step"] = torch.tensor(40.0)
+    elif how == "in place":
+        state["exp_avg"].mul_(2)
+
+
+@pytest.mark.parametrize("how", ["another tensor", "another factor", "data", "counter", "in place"])
+def test_tensors_that_somebody_puts_into_the_state_are_used(how: str, one_by_one: Callable) -> None:
+    together, alone = new_parameters(torch.float64), new_parameters(torch.float64)
+    optimizer, control = SOAP(together, lr=0.1, eps=1e-4), SOAP(alone, lr=0.1, eps=1e-4)
+    for step in range(6):
+        set_gradients(together, step)
+        set_gradients(alone, step)
+        if step == 3:
+            replace(optimizer.state[together[1]], how)
+            replace(control.state[alone[1]], "in place" if how in ("data", "another tensor") else how)
+        optimizer.step()
+        one_by_one(control)
+    for p, q in zip(together, alone, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+        assert optimizer.state[p]["step"] == control.state[q]["step"]
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"].norm(), control.state[q]["exp_avg"].norm())
+
+
+def test_saved_files_are_not_larger_than_the_state() -> None:
+    parameters = new_parameters()
+    optimizer = SOAP(parameters, lr=0.1)
+    set_gradients(parameters, 0)
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    alone = SOAP(parameters, lr=0.1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state.update({key: value.clone() for key, value in state.items()})
+    alone_file = io.BytesIO()
+    torch.save(saved, alone_file)
+    assert file.getbuffer().nbytes <= alone_file.getbuffer().nbytes
+    alone.load_state_dict(saved)
+
+
+def test_a_bucket_is_cut_where_its_stack_would_grow_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "CHUNK_ELEMENTS", 80)
+    parameters = [nn.Parameter(torch.ones(6, 4)) for _ in range(5)] + [nn.Parameter(torch.ones(100))]
+    parameters += [nn.Parameter(torch.ones(30)) for _ in range(3)]
+    optimizer = SOAP(parameters, lr=0.1)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    # A (6, 6) factor is the largest part of the first five.
+    assert [len(bucket.parameters) for bucket in optimizer._buckets[0]] == [2, 2, 1, 1, 2, 1]
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "reorder"])
+def test_the_parameters_of_a_group_may_change(change: str) -> None:
+    model = new_model()
+    *first, last = model.parameters()
+    optimizer = SOAP(first if change == "add" else [*first, last], lr=1e-2)
+    train(optimizer, model, 3)
+    group = optimizer.param_groups[0]
+    before = last.detach().clone()
+    if change == "add":
+        group["params"].append(last)
+    elif change == "remove":
+        group["params"].pop()
+    else:
+        group["params"].reverse()
+    train(optimizer, model, 3, start=3)
+    assert torch.equal(last, before) == (change == "remove")
+    assert [int(optimizer.state[p]["step"]) for p in first] == [6] * len(first)
