@@ -93,7 +93,7 @@ class SOAP(WeightDecayMixin, Optimizer):
             factors and bases as they are and counts it in the state; "raise" raises before anything has changed;
             "propagate" computes on.
 
-    State, per parameter: ``step``, the steps done, 0-D float32 on the CPU; ``exp_avg`` and ``exp_avg_sq``, shaped like
+    State, per parameter: ``step``, the steps done, 0-D float64 on the CPU; ``exp_avg`` and ``exp_avg_sq``, shaped like
     the parameter and held in the eigenbasis once there is one; ``skipped_steps``, 0-D int64. Preconditioned tensors
     also have ``refresh_step``, the value of ``step`` after the last refresh, 0 before the first; ``failed_refreshes``,
     0-D int64, those in which a decomposition failed for good and the last good basis stayed; and for each
@@ -249,7 +249,8 @@ class SOAP(WeightDecayMixin, Optimizer):
             with fp32_matmul_precision(group["fp32_matmul_prec"]):
                 for index, parameter in enumerate(group["params"]):
                     if parameter.grad is not None:
-                        mask = self._step_parameter(parameter, group, index)
+                        with torch.autocast(parameter.device.type, enabled=False):
+                            mask = self._step_parameter(parameter, group, index)
                         if mask is not None:
                             masks.setdefault(mask.device, []).append(~mask)
         for skipped in masks.values():
@@ -274,7 +275,9 @@ class SOAP(WeightDecayMixin, Optimizer):
             finally:
                 self._stepping = False
 
-        return once
+        # A step branches on its counters and reads them: traced, it would be compiled anew and gain nothing.
+        disabled: Callable[..., Any] = torch.compiler.disable(once)  # type: ignore[no-untyped-call]
+        return disabled
 
     def _step_parameter(self, parameter: Tensor, group: dict[str, Any], index: int) -> Tensor | None:
         """Steps 1 to 9 of the algorithm for one parameter; the kernels see it as a stack of one.
