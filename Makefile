@@ -8,7 +8,7 @@ READY := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types docs doctest bench clean
+.PHONY: help demo test lint types docs doctest audit bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name what; do \
@@ -32,6 +32,9 @@ docs: $(READY)  ## build the documentation into docs/_build; a warning is an err
 
 doctest: $(READY)  ## run the examples in the package's docstrings
 	$(BIN)/python -m pytest -q --doctest-modules emerging_optimizers
+
+audit: $(READY)  ## check dependencies: pins, imports, licences (no network; pip-audit -r constraints.txt needs one)
+	$(BIN)/python tools/audit.py
 
 bench: $(READY)  ## race every task over three seeds, for the README's figures (25 minutes; leave the machine alone)
 	$(BIN)/python benchmarks/race.py

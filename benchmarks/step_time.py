@@ -156,11 +156,13 @@ class Worker:
         raise SystemExit(f"{' '.join(self.process.args[-8:])} ended with {self.process.wait()}")
 
     def play(self) -> None:
+        """Have it do one round."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         self.rounds.append(self._answer())
 
     def close(self) -> None:
+        """End it."""
         self.process.stdin.close()
         self.process.wait()
 

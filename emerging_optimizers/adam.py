@@ -93,7 +93,7 @@ def raise_to_floor(exp_avg_sq: Tensor, exp_avg: Tensor, updates: int, betas: tup
     beta1, beta2 = betas
     if updates == 0 or beta2 == 0:
         return exp_avg_sq
-    if beta1 == 0:
+    if beta1**2 / beta2 < 1e-300:  # also where the square underflows
         terms = 1.0
     else:
         log_ratio = math.log(beta1**2 / beta2)

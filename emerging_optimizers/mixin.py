@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,9 +63,10 @@ class WeightDecayMixin:
         """
         if isinstance(weight_decay, bool) or not isinstance(weight_decay, int | float):
             raise TypeError(f"Invalid weight_decay value: {weight_decay!r} (wanted a number >= 0)")
-        if not 0 <= weight_decay < float("inf"):
+        if not 0 <= weight_decay <= sys.float_info.max:  # no float holds an integer larger than that
             raise ValueError(f"Invalid weight_decay value: {weight_decay} (wanted a finite number >= 0)")
-        if weight_decay_method not in WEIGHT_DECAY_METHODS:
+        known: object = weight_decay_method
+        if not isinstance(known, str) or known not in WEIGHT_DECAY_METHODS:
             raise ValueError(
                 f"Invalid weight_decay_method: {weight_decay_method!r} (wanted one of {WEIGHT_DECAY_METHODS})"
             )

@@ -1,6 +1,6 @@
 """The folder that a race leaves: ``results.json``, ``loss.png`` and a self-contained ``report.html``.
 
-The page loads nothing and runs no script. Every string in it passes through `html.escape`, whoever it comes from.
+The page loads nothing and runs no script. Every string in it passes through `escape`, whoever it comes from.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from html import escape
+from html import escape as escape_html
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from emerging_optimizers.lab import plots
 from emerging_optimizers.lab.checkpoint import write_atomically
 from emerging_optimizers.lab.errors import LabError
 from emerging_optimizers.lab.machine import machine, versions
+from emerging_optimizers.lab.printable import printable
 from emerging_optimizers.lab.race import Race, Record
 from emerging_optimizers.lab.results import COLUMNS, LABELS, Line, cells, comparable, score, summarise
 from emerging_optimizers.lab.verdict import verdict
@@ -58,7 +59,7 @@ def write(folder: Path, race: Race) -> tuple[list[Line], str]:
     metric = race.settings.metric
     page = render(results, lines, records)
     write_atomically(folder / "loss.png", lambda f: plots.write_png(f, lines, records, _title(results), metric))
-    write_atomically(folder / "report.html", lambda f: f.write(page.encode(errors="backslashreplace")))
+    write_atomically(folder / "report.html", lambda f: f.write(page.encode()))
     write_results(folder, results)
     return lines, results["verdict"]
 
@@ -109,6 +110,11 @@ details { margin: .8rem 0; } summary { cursor: pointer; font-weight: 600; }
   .stack td:first-child { font-weight: 600; } .stack td:first-child::before { content: none; }
 }
 """
+
+
+def escape(text: str) -> str:
+    """Make text from anywhere fit to stand in the page, between tags or in an attribute."""
+    return escape_html(printable(text))
 
 
 def render(results: dict[str, Any], lines: Sequence[Line], records: Sequence[Record]) -> str:

@@ -27,14 +27,29 @@ NOT_SAVED = "callable, not saved"
 #: State that did not always exist: it starts afresh where a saved state does not have it.
 LATER_KEYS = ("skipped_steps", "failed_refreshes")
 
+COUNTERS = (*HOST_KEYS, *LATER_KEYS)
+LARGEST_COUNT = 2**53  # float64 counts no further
+
 
 def without_callables(state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state dict with every callable refresh frequency replaced by :data:`NOT_SAVED`."""
-    groups = [
-        {**group, "precondition_frequency": NOT_SAVED} if callable(group["precondition_frequency"]) else group
-        for group in state_dict["param_groups"]
-    ]
+    groups = []
+    for group in state_dict["param_groups"]:
+        group = {name: _plain(value) for name, value in group.items()}
+        if callable(group["precondition_frequency"]):
+            group["precondition_frequency"] = NOT_SAVED
+        groups.append(group)
     return {**state_dict, "param_groups": groups}
+
+
+def _plain(value: Any) -> Any:
+    """A number or text of a subclass (``numpy.float64``, a ``StrEnum``) as the base class: others do not load."""
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    for base in (float, int, str):
+        if isinstance(value, base) and type(value) not in (base, bool):
+            return base(value)
+    return value
 
 
 def load_exactly(optimizer: Optimizer, load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> None:
@@ -53,12 +68,14 @@ def load_exactly(optimizer: Optimizer, load: Callable[[dict[str, Any]], None], s
         TypeError: Something in it has the wrong type.
         ValueError: Groups, options, keys or shapes do not fit. The first misfit is named, and nothing has changed.
     """
-    if not {"state", "param_groups"} <= set(state_dict):
+    given: object = state_dict
+    if not isinstance(given, dict) or not {"state", "param_groups"} <= set(given):
         raise ValueError("state_dict must be a dict with the keys 'state' and 'param_groups'")
     loaded: dict[Tensor, dict[str, Tensor]] = {}
     frequencies = [group["precondition_frequency"] for group in optimizer.param_groups]
 
     def check(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+        _check_structure(final)
         final = {**final, "param_groups": _groups_to_load(optimizer, final["param_groups"])}
         loaded.update(_states_to_load(optimizer, final))
         return final
@@ -81,6 +98,33 @@ def load_exactly(optimizer: Optimizer, load: Callable[[dict[str, Any]], None], s
             handle.remove()
 
 
+def _check_structure(final: dict[str, Any]) -> None:
+    """Raises where the nesting is not that of a state dict, which torch and the other checks rely on."""
+    _require("state_dict['state']", final["state"], dict)
+    _require("state_dict['param_groups']", final["param_groups"], list | tuple)
+    ids: set[Any] = set()
+    for index, group in enumerate(final["param_groups"]):
+        name = f"parameter group {index} of the loaded state dict"
+        _require(name, group, dict)
+        if "params" not in group:
+            raise ValueError(f"{name} has no 'params'")
+        _require(f"'params' of {name}", group["params"], list | tuple)
+        for saved_id in group["params"]:
+            _require(f"an entry of 'params' of {name}", saved_id, int | str)
+            if saved_id in ids:
+                raise ValueError(f"'params' of {name} has {saved_id!r}, which is in a group already")
+            ids.add(saved_id)
+    for saved_id, state in final["state"].items():
+        if saved_id in ids:
+            _require(f"the loaded state of parameter {saved_id!r}", state, dict)
+
+
+def _require(name: str, value: object, kind: Any) -> None:
+    if not isinstance(value, kind):
+        wanted = getattr(kind, "__name__", None) or " or ".join(each.__name__ for each in kind.__args__)
+        raise TypeError(f"{name} must be a {wanted}, got {type(value).__name__}")
+
+
 def _groups_to_load(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The saved groups with what they lack, each a complete and valid set of options."""
     if len(saved_groups) != len(optimizer.param_groups):
@@ -94,6 +138,14 @@ def _groups_to_load(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) ->
                 f"parameter group {index} has {len(saved['params'])} parameters in the loaded state dict, "
                 f"{len(live['params'])} in the optimizer"
             )
+        if "param_names" in saved:
+            names = saved["param_names"]
+            _require(f"'param_names' of parameter group {index} of the loaded state dict", names, list | tuple)
+            if len(names) != len(saved["params"]) or not all(isinstance(name, str) for name in names):
+                raise ValueError(
+                    f"'param_names' of parameter group {index} of the loaded state dict must be "
+                    f"{len(saved['params'])} strings, got {names!r}"
+                )
         group = {**{name: live[name] for name in optimizer.defaults if name in live}, **saved}
         frequency, live_frequency = group["precondition_frequency"], live["precondition_frequency"]
         if frequency == NOT_SAVED or callable(live_frequency):
@@ -135,7 +187,7 @@ def _state_to_load(parameter: Tensor, options: dict[str, Any], saved: dict[str, 
     missing = [key for key in wanted if key not in saved and key not in LATER_KEYS]
     if unknown or missing:
         raise ValueError(
-            f"the loaded state of {name} has the keys {sorted(saved)}, wanted {sorted(wanted)}: "
+            f"the loaded state of {name} has the keys {sorted(map(str, saved))}, wanted {sorted(wanted)}: "
             f"{'unknown' if unknown else 'missing'} {(unknown or missing)[0]!r}"
         )
     state: dict[str, Tensor] = {}
@@ -145,13 +197,27 @@ def _state_to_load(parameter: Tensor, options: dict[str, Any], saved: dict[str, 
         if value is None and key in LATER_KEYS:
             state[key] = torch.zeros(template.shape, dtype=template.dtype, device=device)
             continue
-        if key in HOST_KEYS and isinstance(value, int | float):
-            value = torch.tensor(float(value))
+        if key in HOST_KEYS and isinstance(value, int | float) and not isinstance(value, bool):
+            value = torch.tensor(float(min(value, 2 * LARGEST_COUNT)), dtype=torch.float64)  # no float holds 10**400
         if not isinstance(value, Tensor):
             raise TypeError(f"the loaded state {key!r} of {name} must be a Tensor, got {type(value).__name__}")
         if value.shape != template.shape:
             raise ValueError(
                 f"the loaded state {key!r} of {name} must have shape {tuple(template.shape)}, got {tuple(value.shape)}"
             )
+        if value.layout != torch.strided or value.is_complex() or value.dtype == torch.bool or value.is_meta:
+            raise TypeError(
+                f"the loaded state {key!r} of {name} must be a dense Tensor of numbers, got {value.layout} "
+                f"{value.dtype} on {value.device}"
+            )
+        if key in COUNTERS:
+            number = value.item()
+            if not (0 <= number <= LARGEST_COUNT and number % 1 == 0):
+                raise ValueError(f"the loaded state {key!r} of {name} must be an integer >= 0, got {number}")
         state[key] = value.detach().to(device, template.dtype, copy=True, memory_format=torch.contiguous_format)
+    if "refresh_step" in state and state["refresh_step"] > state["step"]:
+        raise ValueError(
+            f"the loaded state 'refresh_step' of {name} must not be after 'step' ({state['step'].item():g}), got "
+            f"{state['refresh_step'].item():g}"
+        )
     return state

@@ -61,7 +61,8 @@ def precondition(
                 [1., 2.]])
     """
     check_tensor("grad", grad)
-    if dims is not None and dims not in (PROJECT, PROJECT_BACK):
+    directions: object = dims
+    if directions is not None and not (isinstance(directions, list) and directions in (PROJECT, PROJECT_BACK)):
         raise ValueError(f"dims must be {PROJECT} (project) or {PROJECT_BACK} (project back), got {dims}")
     if eigenbasis_list is None:
         return grad

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from emerging_optimizers.mixin import WeightDecayMixin
@@ -13,6 +15,11 @@ from emerging_optimizers.precision import MATMUL_PRECISIONS
 from emerging_optimizers.soap.refresh import SECOND_MOMENT_REFRESHES
 
 NONFINITE_POLICIES = ("skip", "raise", "propagate")
+
+#: The arithmetic is float32, where a larger one overflows.
+LARGEST_EPS = torch.finfo(torch.float32).max
+#: No float holds a larger integer.
+LARGEST = sys.float_info.max
 
 _FLAGS = (
     "use_nesterov",
@@ -49,7 +56,7 @@ def validate_options(options: dict[str, Any]) -> None:
     for index, beta in enumerate(betas):
         _require_number(f"beta parameter at index {index}", beta, lambda b: 0.0 <= b < 1.0, "in [0, 1)")
     _require_number("shampoo_beta", options["shampoo_beta"], lambda b: b < 1.0, "below 1; negative: betas[1]")
-    _require_number("epsilon value", options["eps"], lambda e: 0.0 <= e < float("inf"), "finite, at least 0")
+    _require_number("epsilon value", options["eps"], lambda e: 0.0 <= e <= LARGEST_EPS, "finite, at least 0")
     if options["eps"] == 0 and options["use_kl_shampoo"] is True:
         raise ValueError("Invalid epsilon value: 0 (KL factors divide by it: wanted a number > 0 with use_kl_shampoo)")
     WeightDecayMixin.validate_weight_decay(options["weight_decay"], options["weight_decay_method"])
@@ -65,7 +72,7 @@ def validate_options(options: dict[str, Any]) -> None:
     )
     _require_integer("power_iter_steps", options["power_iter_steps"], 1)
     _require_number(
-        "max_update_rms", options["max_update_rms"], lambda rms: 0.0 <= rms < float("inf"), "finite, 0: no clipping"
+        "max_update_rms", options["max_update_rms"], lambda rms: 0.0 <= rms <= LARGEST, "finite, 0: no clipping"
     )
     if options["correct_shampoo_beta_bias"] is not None:
         _require_flag("correct_shampoo_beta_bias", options["correct_shampoo_beta_bias"], "True, False or None")
@@ -73,7 +80,7 @@ def validate_options(options: dict[str, Any]) -> None:
     for name in _FLAGS:
         _require_flag(name, options[name], "True or False")
     for name, choices in _CHOICES.items():
-        if options[name] not in choices:
+        if not isinstance(options[name], str) or options[name] not in choices:
             raise ValueError(f"Invalid {name}: {options[name]!r} (wanted one of {choices})")
 
 
@@ -95,11 +102,14 @@ def _validate_lr(lr: object) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
+        if lr.layout != torch.strided or lr.is_complex() or lr.dtype == torch.bool:
+            raise TypeError(f"Invalid learning rate: {lr} (wanted a number or a 1-element real dense Tensor)")
         if lr.device.type != "cpu":
             return  # looking at it would wait for the device
+        lr = lr.item()
     elif isinstance(lr, bool) or not isinstance(lr, int | float):
         raise TypeError(f"Invalid learning rate: {lr!r} (wanted a number or a 1-element Tensor)")
-    if not 0.0 <= float(lr) < float("inf"):
+    if not 0.0 <= lr <= LARGEST:
         raise ValueError(f"Invalid learning rate: {lr}")
 
 

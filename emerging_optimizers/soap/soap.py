@@ -92,7 +92,7 @@ class SOAP(WeightDecayMixin, Optimizer):
             factors and bases as they are and counts it in the state; "raise" raises before anything has changed;
             "propagate" computes on.
 
-    State, per parameter: ``step``, the steps done, 0-D float32 on the CPU; ``exp_avg`` and ``exp_avg_sq``, shaped like
+    State, per parameter: ``step``, the steps done, 0-D float64 on the CPU; ``exp_avg`` and ``exp_avg_sq``, shaped like
     the parameter and held in the eigenbasis once there is one; ``skipped_steps``, 0-D int64. Preconditioned tensors
     also have ``refresh_step``, the value of ``step`` after the last refresh, 0 before the first; ``failed_refreshes``,
     0-D int64, those in which a decomposition failed for good and the last good basis stayed; and for each
@@ -247,8 +247,10 @@ class SOAP(WeightDecayMixin, Optimizer):
         skipped: list[Tensor] = []
         for group, buckets, due in zip(self.param_groups, self._form_buckets(), dues, strict=True):
             with fp32_matmul_precision(group["fp32_matmul_prec"]):
-                for run in [run for bucket in buckets for run in bucket.runs()]:
-                    step_run(run, group, due, skipped)
+                for bucket in buckets:
+                    with torch.autocast(bucket.device.type, enabled=False):
+                        for run in list(bucket.runs()):
+                            step_run(run, group, due, skipped)
         count_skips(skipped)
         return loss
 
@@ -270,7 +272,9 @@ class SOAP(WeightDecayMixin, Optimizer):
             finally:
                 self._stepping = False
 
-        return once
+        # A step branches on its counters and reads them: traced, it would be compiled anew and gain nothing.
+        disabled: Callable[..., Any] = torch.compiler.disable(once)  # type: ignore[no-untyped-call]
+        return disabled
 
     def _check_gradients(self, group: dict[str, Any]) -> None:
         """Raises what a step could raise about a parameter, before it changes anything."""

@@ -70,7 +70,7 @@ def get_eigenbasis_eigh(
     if eigenbasis_list is not None:
         check_pairs("eigenbasis_list", eigenbasis_list, "kronecker_factor_list", kronecker_factor_list)
     if eps is not None:
-        check_number("eps", eps, 0, float("inf"), "at least 0")
+        check_number("eps", eps, 0, torch.finfo(torch.float32).max, "finite and at least 0")
     bases = []
     for k, factor in enumerate(kronecker_factor_list):
         old = None if eigenbasis_list is None else eigenbasis_list[k]

@@ -21,17 +21,18 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
 def init_state(state: dict[str, Any], parameter: Tensor, layout: Layout) -> None:
     """Fills an empty state. Its keys depend on the layout alone, so every process that trains a model has the same.
 
-    ``step`` and ``refresh_step`` (the value of ``step`` after the last refresh, 0 without a basis) are float32 on the
-    CPU, where the host reads them without waiting; everything else is on the parameter's device. ``Q_k`` is the
+    ``step`` and ``refresh_step`` (the value of ``step`` after the last refresh, 0 without a basis) are on the CPU,
+    where the host reads them without waiting, and float64: a float32 counter stands still at 2**24, and with it the
+    refreshes. Everything else is on the parameter's device. ``Q_k`` is the
     identity until there is a basis.
     """
     like: dict[str, Any] = {"dtype": working_dtype(parameter), "device": parameter.device}
-    state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+    state["step"] = torch.zeros((), dtype=torch.float64, device="cpu")
     state["exp_avg"] = torch.zeros(parameter.shape, **like)
     state["exp_avg_sq"] = torch.zeros(parameter.shape, **like)
     state["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
     if layout.axes:
-        state["refresh_step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        state["refresh_step"] = torch.zeros((), dtype=torch.float64, device="cpu")
         state["failed_refreshes"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
     for axis in layout.axes:
         size = layout.shape[axis]

@@ -130,7 +130,7 @@ def spoil(saved: dict, how: str) -> None:
     group = saved["param_groups"][0]
     match how:
         case "group count":
-            saved["param_groups"].append(group)
+            saved["param_groups"].append({**group, "params": []})
         case "parameter count":
             group["params"] = group["params"][:-1]
         case "missing key":

@@ -124,7 +124,7 @@ def test_the_state_is_flat_and_its_keys_depend_on_the_shape_alone(shape: tuple, 
     assert all(isinstance(value, Tensor) for value in state.values())
     assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
     assert all(state[f"{kind}_{k}"].shape == (shape[k], shape[k]) for kind in ("GG", "Q") for k in axes)
-    assert state["step"].dtype == torch.float32
+    assert state["step"].dtype == torch.float64
     assert state["step"].device.type == "cpu"
 
 

@@ -1,0 +1,158 @@
+"""Long runs: bases stay orthonormal over tens of thousands of refreshes, and memory does not grow with the steps."""
+
+import contextlib
+import ctypes
+import gc
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from emerging_optimizers.soap import SOAP
+from emerging_optimizers.soap import state as state_module
+
+PAGE = 4096
+
+
+class Drift:
+    """Noisy gradients of a quadratic whose curvature, noise and scale wander, as they do in training."""
+
+    def __init__(self, shape: tuple[int, int], seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.left, self.right = self.normal(shape[0], shape[0]), self.normal(shape[1], shape[1])
+        self.target = self.normal(*shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def gradient(self, weight: Tensor, step: int) -> Tensor:
+        if step % 10 == 0:
+            self.left += 0.02 * (self.normal(*self.left.shape) - 0.01 * self.left)
+            self.right += 0.02 * (self.normal(*self.right.shape) - 0.01 * self.right)
+            self.target += 0.01 * self.normal(*self.target.shape)
+        noise = self.left @ self.normal(*weight.shape) @ self.right  # correlated along both axes, spread over decades
+        scale = 10.0 ** (-2.0 * (step % 7000) / 7000)  # the gradient shrinks a hundredfold, and starts again
+        return scale * (weight - self.target + 0.3 * self.left @ noise @ self.right)
+
+
+def orthogonality_error(basis: Tensor) -> float:
+    wide = basis.double()
+    return float((wide.mT @ wide - torch.eye(wide.shape[-1], dtype=torch.float64)).abs().max())
+
+
+ITERATED = {
+    "default": {},
+    "kl": {"use_kl_shampoo": True},
+    "kronecker, 2 power steps": {
+        "second_moment_refresh": "kronecker",
+        "power_iter_steps": 2,
+        "fp32_matmul_prec": "medium",
+        "qr_fp32_matmul_prec": "medium",
+    },
+}
+LONG = 20_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ITERATED)
+def test_bases_stay_orthonormal_over_20000_refreshes_without_eigh(
+    mode: str, record_property: Callable[[str, object], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_module, "masks_on", lambda device: mode == "kl")
+    shape = (6, 10)
+    parameter = nn.Parameter(torch.zeros(shape))
+    optimizer = SOAP([parameter], lr=0.01, precondition_frequency=1, **ITERATED[mode])
+    drift, worst, first = Drift(shape, seed=0), 0.0, {}
+    for step in range(1, LONG + 1):
+        parameter.grad = drift.gradient(parameter.detach(), step)
+        optimizer.step()
+        if step % 500 == 0 or step == 1:
+            state = optimizer.state[parameter]
+            assert int(state["refresh_step"]) == step, "a refresh was left out, so that nothing was tested"
+            worst = max(worst, *(orthogonality_error(state[f"Q_{k}"]) for k in range(2)))
+            assert worst <= 1e-4, f"{worst:.1e} after {step} refreshes"
+            assert all(value.isfinite().all() for value in state.values())
+            if step == 500:
+                first = {k: state[f"Q_{k}"].clone() for k in range(2)}
+    record_property("worst_orthogonality_error", worst)
+    turned = [float((first[k].T @ state[f"Q_{k}"]).abs().max(0).values.min()) for k in range(2)]
+    assert max(turned) < 0.95, "the bases have not turned, so that nothing was tested"
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def resident_bytes() -> int:
+    """What the process holds, once malloc has been asked to return what it keeps for later."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+def live_tensors() -> int:
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+def measure() -> tuple[int, int, int]:
+    """Bytes of Python objects, live tensors, resident bytes."""
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0], live_tensors(), resident_bytes()
+
+
+MEMORY_MODES = {
+    "default": ({}, False),
+    "masks, bfloat16": ({"weight_decay_method": "l2", "max_update_rms": 1.0, "precondition_1d": True}, True),
+    "kl, eigh, schedule": (
+        {
+            "use_kl_shampoo": True,
+            "use_eigh": True,
+            "use_adaptive_criteria": True,
+            "precondition_frequency": lambda step: 1 + step % 4,
+        },
+        False,
+    ),
+}
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+@pytest.mark.parametrize("mode", MEMORY_MODES)
+@pytest.mark.usefixtures("traced")
+def test_memory_does_not_grow_between_2000_and_10000_steps(
+    mode: str, record_property: Callable[[str, object], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, masks = MEMORY_MODES[mode]
+    monkeypatch.setattr(state_module, "masks_on", lambda device: masks)
+    dtype = torch.bfloat16 if "bfloat16" in mode else torch.float32
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in [(6, 10), (5,)]]
+    optimizer = SOAP(parameters, lr=0.01, **options)
+    generator = torch.Generator().manual_seed(0)
+    before = (0, 0, 0)
+    for step in range(1, 10_001):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
+            if step % 50 == 7:
+                parameter.grad.view(-1)[0] = float("nan")
+        optimizer.step()
+        if step % 100 == 0:
+            optimizer.load_state_dict(optimizer.state_dict())
+        if step == 2_000:
+            before = measure()
+    after = measure()
+    growth = {name: b - a for name, a, b in zip(("python", "tensors", "resident"), before, after, strict=True)}
+    record_property("growth", str(growth))
+    assert growth["tensors"] == 0
+    # Churn of caches makes some ten thousand bytes in all. Per step the smallest object, a float, is 24 bytes, and the
+    # smallest tensor, invisible to Python once only C++ holds it, some 300.
+    assert growth["python"] < 8 * 8_000
+    assert growth["resident"] < 128 * 8_000
