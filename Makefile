@@ -17,8 +17,8 @@ help:  ## list the targets
 demo: $(READY)  ## train a small language model with SOAP and its rivals; three minutes; the report goes to demo/
 	$(BIN)/soap race --steps 250 --out demo
 
-test: $(READY)  ## run the whole test suite
-	$(BIN)/python -m pytest -q
+test: $(READY)  ## run the whole test suite, a process per core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 lint: $(READY)  ## check style and docstrings (ruff)
 	$(BIN)/ruff check .
