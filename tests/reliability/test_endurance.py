@@ -1,10 +1,9 @@
 """Long runs: bases stay orthonormal over tens of thousands of refreshes, and memory does not grow with the steps."""
 
-import contextlib
-import ctypes
-import gc
-import tracemalloc
-from collections.abc import Callable, Iterator
+import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap import state as state_module
-
-PAGE = 4096
+from tests.reliability.memory_worker import MODES
 
 
 class Drift:
@@ -85,74 +83,32 @@ def test_bases_stay_orthonormal_over_20000_refreshes_without_eigh(
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def resident_bytes() -> int:
-    """What the process holds, once malloc has been asked to return what it keeps for later."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+def memory_growth(*words: str) -> dict[str, int]:
+    command = [sys.executable, "-m", "tests.reliability.memory_worker", *words]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
 
 
-def live_tensors() -> int:
-    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+def grows(growth: dict[str, int]) -> bool:
+    # Churn of caches makes some ten thousand bytes in all. Per step the smallest object, a float, is 24 bytes, and the
+    # smallest tensor, invisible to Python once only C++ holds it, some 300.
+    return growth["tensors"] != 0 or growth["python"] >= 8 * 8_000 or growth["resident"] >= 128 * 8_000
 
 
-def measure() -> tuple[int, int, int]:
-    """Bytes of Python objects, live tensors, resident bytes."""
-    gc.collect()
-    return tracemalloc.get_traced_memory()[0], live_tensors(), resident_bytes()
-
-
-MEMORY_MODES = {
-    "default": ({}, False),
-    "masks, bfloat16": ({"weight_decay_method": "l2", "max_update_rms": 1.0, "precondition_1d": True}, True),
-    "kl, eigh, schedule": (
-        {
-            "use_kl_shampoo": True,
-            "use_eigh": True,
-            "use_adaptive_criteria": True,
-            "precondition_frequency": lambda step: 1 + step % 4,
-        },
-        False,
-    ),
-}
-
-
-@pytest.fixture
-def traced() -> Iterator[None]:
-    tracemalloc.start()
-    yield
-    tracemalloc.stop()
+reads_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-@pytest.mark.parametrize("mode", MEMORY_MODES)
-@pytest.mark.usefixtures("traced")
-def test_memory_does_not_grow_between_2000_and_10000_steps(
-    mode: str, record_property: Callable[[str, object], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options, masks = MEMORY_MODES[mode]
-    monkeypatch.setattr(state_module, "masks_on", lambda device: masks)
-    dtype = torch.bfloat16 if "bfloat16" in mode else torch.float32
-    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in [(6, 10), (5,)]]
-    optimizer = SOAP(parameters, lr=0.01, **options)
-    generator = torch.Generator().manual_seed(0)
-    before = (0, 0, 0)
-    for step in range(1, 10_001):
-        for parameter in parameters:
-            parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
-            if step % 50 == 7:
-                parameter.grad.view(-1)[0] = float("nan")
-        optimizer.step()
-        if step % 100 == 0:
-            optimizer.load_state_dict(optimizer.state_dict())
-        if step == 2_000:
-            before = measure()
-    after = measure()
-    growth = {name: b - a for name, a, b in zip(("python", "tensors", "resident"), before, after, strict=True)}
-    record_property("growth", str(growth))
-    assert growth["tensors"] == 0
-    # Churn of caches makes some ten thousand bytes in all. Per step the smallest object, a float, is 24 bytes, and the
-    # smallest tensor, invisible to Python once only C++ holds it, some 300.
-    assert growth["python"] < 8 * 8_000
-    assert growth["resident"] < 128 * 8_000
+@reads_proc
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_does_not_grow_between_2000_and_10000_steps(mode: str) -> None:
+    growth = memory_growth(mode)
+    assert not grows(growth), growth
+
+
+@pytest.mark.slow
+@reads_proc
+def test_a_leak_of_a_tensor_per_step_would_be_seen() -> None:
+    growth = memory_growth("default", "leak")
+    assert growth["tensors"] == 8_000
+    assert grows({**growth, "tensors": 0}), growth

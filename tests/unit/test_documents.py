@@ -1,5 +1,6 @@
 """The code in README and docs runs as it stands."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -31,3 +32,15 @@ def test_the_task_in_the_docs_can_be_raced(tmp_path: Path, monkeypatch: pytest.M
     words = ["race", "--task", "mytask:Regression", "--optimizers", "soap,adamw", "--steps", "20", "--threads", "1"]
     assert main([*words, "--lr", "soap=3e-3,1e-2", "--lr", "adamw=1e-3"]) == 0
     assert (tmp_path / "race-Regression" / "report.html").exists()
+
+
+def test_every_test_that_the_reliability_page_names_exists() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| What", "| ---"))]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+        assert named, row
+        for file, name in named:
+            tree = ast.parse((ROOT / "tests" / "reliability" / file).read_text(encoding="utf-8"))
+            assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, name
