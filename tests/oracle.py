@@ -19,6 +19,8 @@ What the formulas leave open, and what this oracle (and the package) does:
   in which at least one factor of the tensor was refreshed; factors that were left alone contribute the estimates
   in their kept basis.
 * After a refresh ``V`` is raised to what Adam could have beside the carried ``M``.
+* ``stagger_updates``: every axis of a tensor has a place in the period, ``place(tensor, axis, frequency)``, and is due
+  when the step minus that place is a multiple of the frequency; the first refresh is of all axes at once.
 * ``merge_dims`` starts at the last axis and absorbs the left neighbour while the product stays within
   ``max_precond_dim`` and at least two axes remain; otherwise that neighbour starts the next folded axis.
 * A tensor whose gradient is ``None`` is passed over, its step does not count.
@@ -138,6 +140,8 @@ class OracleSOAP:
         max_precond_dim: int = 10000,
         merge_dims: bool = False,
         second_moment_refresh: str = "rank",
+        stagger_updates: bool = False,
+        place: Callable[[int, int, int], int] | None = None,
         adopt_basis: AdoptBasis | None = None,
     ) -> None:
         assert weight_decay_method in ("decoupled", "independent", "l2")
@@ -164,6 +168,7 @@ class OracleSOAP:
         )
         self.maximize = maximize
         self.second_moment_refresh = second_moment_refresh
+        self.place = place if stagger_updates else None
         self.adopt_basis = adopt_basis
         self.events = {"refreshed": 0, "left alone": 0, "adopted": 0, "clipped": 0, "not clipped": 0}
 
@@ -208,8 +213,9 @@ class OracleSOAP:
             if self.correct_shampoo_beta_bias:
                 b = 1 - (1 - b) / (1 - b**i)
             s["K"] = self._updated_factors(s, g, b)
-            if self._refresh_is_due(s, t):
-                self._refresh(index, s, i)
+            due = self._due_axes(index, s, t)
+            if due:
+                self._refresh(index, s, i, due)
 
         # 5. weight decay outside the gradient
         if self.weight_decay_method == "decoupled":
@@ -276,24 +282,27 @@ class OracleSOAP:
         lam = rayleigh(s["K"][axis], basis).clamp(min=self.eps)
         return basis @ torch.diag(lam**-1.0) @ basis.T / d
 
-    def _refresh_is_due(self, s: dict, t: int) -> bool:
+    def _due_axes(self, index: int, s: dict, t: int) -> list[int]:
         if t < self.adam_warmup_steps:
-            return False
+            return []
         if not s["Q"]:
-            return any(bool((factor != 0).any()) for factor in s["K"].values())
+            return list(s["K"]) if any(bool((factor != 0).any()) for factor in s["K"].values()) else []
         f = self.precondition_frequency
         f = f(t) if callable(f) else f
         if f < 1:
             raise ValueError(f"precondition_frequency must be at least 1, got {f}")
-        return t % f == 0
+        return [axis for axis in s["K"] if (t - (self.place(index, axis, f) if self.place else 0)) % f == 0]
 
-    def _refresh(self, index: int, s: dict, i: int) -> None:
+    def _refresh(self, index: int, s: dict, i: int, due: Sequence[int]) -> None:
         """Step 4."""
         first = not s["Q"]
         old, new = dict(s["Q"]), {}
         v_permuted = s["V"]
         any_refreshed = False
         for axis, factor in s["K"].items():
+            if axis not in due:
+                new[axis] = old[axis]
+                continue
             if first:
                 own, before = basis_by_eigh(factor), None
             else:

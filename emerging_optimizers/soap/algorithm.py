@@ -14,19 +14,20 @@ from torch import Tensor
 from emerging_optimizers.adam import adam_direction, raise_to_floor
 from emerging_optimizers.mixin import WeightDecayMixin, scalar_lr
 from emerging_optimizers.soap import kronecker, state
-from emerging_optimizers.soap.buckets import Run, stretches
+from emerging_optimizers.soap.buckets import NO_AXIS, Run, stretches
 from emerging_optimizers.soap.incidents import report_skipped_gradient
 from emerging_optimizers.soap.options import name_of
 from emerging_optimizers.soap.refresh import along_stack, refresh_eigenbasis_and_moments
+from emerging_optimizers.soap.timing import Timetable
 
 
-def step_run(run: Run, group: dict[str, Any], due: set[int], skipped: list[Tensor]) -> None:
+def step_run(run: Run, group: dict[str, Any], timetable: Timetable, skipped: list[Tensor]) -> None:
     """One step of neighbours in a bucket, except of those whose gradient cannot be used.
 
     Args:
         run: The neighbours.
         group: Their parameter group.
-        due: The steps at which a basis is refreshed.
+        timetable: Which bases are refreshed.
         skipped: Where only the device knows, gets whether each gradient was skipped, (B,).
     """
     run.counters("step").add_(1)
@@ -36,40 +37,40 @@ def step_run(run: Run, group: dict[str, Any], due: set[int], skipped: list[Tenso
     if group["weight_decay_method"] == "l2":
         grad = WeightDecayMixin.regularized_grad(grad, run.join(run.parameters), group)
     if group["nonfinite"] != "skip":
-        _update(run, grad, group, due)
+        _update(run, grad, group, timetable)
         return
     finite = is_usable(run.norms(grad))
     if state.masks_on(grad.device):
         run.counters("skipped_steps").add_(~finite)
         skipped.append(~finite)
-        _update(run, torch.where(run.spread(finite), grad, 0.0), group, due, finite)
+        _update(run, torch.where(run.spread(finite), grad, 0.0), group, timetable, finite)
         return
     usable = finite.tolist()
     for start, stop in stretches(usable):
         part, part_grad = run.part(start, stop), run.part_of(grad, start, stop)
         if usable[start]:
-            _update(part, part_grad, group, due)
+            _update(part, part_grad, group, timetable)
         else:
             part.counters("skipped_steps").add_(1)
             for index, one in zip(part.indices, part.split(part_grad), strict=True):
                 report_skipped_gradient(name_of(group, index), one)
 
 
-def _update(run: Run, grad: Tensor, group: dict[str, Any], due: set[int], finite: Tensor | None = None) -> None:
+def _update(run: Run, grad: Tensor, group: dict[str, Any], timetable: Timetable, finite: Tensor | None = None) -> None:
     """Steps 2 to 9 of the algorithm for neighbours in a bucket.
 
     Args:
         run: The neighbours.
         grad: Their gradients, joined; zero where ``finite`` is false.
         group: Their parameter group.
-        due: The steps at which a basis is refreshed.
+        timetable: Which bases are refreshed.
         finite: (B,), false for those that are to stay as they are.
     """
     mask = None if finite is None else run.spread(finite)
     bases: list[Tensor | None] | None = None
     if run.layout is not None:
         _update_factors(run, grad, group, finite)
-        if _refresh_if_due(run, group, due, finite):
+        if _refresh_if_due(run, group, timetable, finite):
             bases = run.matrices("Q")
             grad = kronecker.project(grad, bases)
     update = adam_direction(
@@ -117,15 +118,19 @@ def _update_factors(run: Run, grad: Tensor, group: dict[str, Any], finite: Tenso
         kronecker.update_factors(factors, grad, beta, finite)
 
 
-def _refresh_if_due(run: Run, group: dict[str, Any], due: set[int], finite: Tensor | None) -> bool:
+def _refresh_if_due(run: Run, group: dict[str, Any], timetable: Timetable, finite: Tensor | None) -> bool:
     """Step 4: new eigenbases, with the moments carried into them, where they are due.
 
     Returns:
         Whether any of the neighbours has a basis now; ``Q`` is the identity for one that has none.
     """
+    layout = run.layout or NO_AXIS
     if run.based:
-        if run.step in due:
-            _refresh(run, group, finite)
+        due = [timetable.due_axes(index, layout, run.step) for index in run.indices]
+        for start, stop in stretches(due):
+            if due[start]:
+                part = None if finite is None else finite[start:stop]
+                _refresh(run.part(start, stop), group, due[start], part)
         return True
     if run.step < group["adam_warmup_steps"]:
         return False
@@ -136,18 +141,19 @@ def _refresh_if_due(run: Run, group: dict[str, Any], due: set[int], finite: Tens
     wanted = (alive if finite is None else alive & finite).tolist()
     for start, stop in stretches(wanted):
         if wanted[start]:
-            _refresh(run.part(start, stop), group, None)
+            _refresh(run.part(start, stop), group, layout.axes, None)
     return any(wanted)
 
 
-def _refresh(run: Run, group: dict[str, Any], finite: Tensor | None) -> None:
-    """Refreshes the bases of all neighbours, except where ``finite`` is false."""
+def _refresh(run: Run, group: dict[str, Any], axes: tuple[int, ...], finite: Tensor | None) -> None:
+    """Refreshes these axes' bases of all neighbours, except where ``finite`` is false."""
     exp_avg, exp_avg_sq, bases = run.moment("exp_avg"), run.moment("exp_avg_sq"), run.matrices("Q")
     refreshed = refresh_eigenbasis_and_moments(
         run.matrices("GG"),
         bases if run.based else None,
         exp_avg,
         exp_avg_sq,
+        axes=axes,
         use_eigh=group["use_eigh"],
         adaptive_tolerance=group["adaptive_update_tolerance"] if group["use_adaptive_criteria"] else None,
         power_iter_steps=group["power_iter_steps"],

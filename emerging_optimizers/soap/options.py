@@ -30,6 +30,7 @@ _FLAGS = (
     "use_kl_shampoo",
     "maximize",
     "merge_dims",
+    "stagger_updates",
 )
 _CHOICES = {
     "fp32_matmul_prec": tuple(MATMUL_PRECISIONS),

@@ -36,13 +36,14 @@ def refresh_eigenbasis_and_moments(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     *,
+    axes: Sequence[int] | None = None,
     use_eigh: bool = False,
     adaptive_tolerance: float | None = None,
     power_iter_steps: int = 1,
     second_moment_refresh: str = "rank",
     matmul_precision: str = "high",
 ) -> Refreshed:
-    """Refreshes every basis of a stack of tensors and moves the moments with them.
+    """Refreshes the bases of a stack of tensors and moves the moments with them.
 
     The first moment is a vector and is carried exactly: out with the old bases, in with the new ones. The second
     moment has no exact image. By rank, slot i belongs to the i-th largest eigendirection before and after. At the
@@ -54,6 +55,7 @@ def refresh_eigenbasis_and_moments(
         bases: ``Q_k`` per axis; None for the first refresh, where the moments are in the original space.
         exp_avg: ``M``, (B, d_1, .., d_N), in the present bases.
         exp_avg_sq: ``V``, likewise.
+        axes: The axes whose basis is refreshed; None: all that have a factor.
         use_eigh: Decompose instead of iterating.
         adaptive_tolerance: Leave a factor's basis alone where it holds at this tolerance; None: never.
         power_iter_steps: Power steps of the orthogonal iteration.
@@ -69,9 +71,10 @@ def refresh_eigenbasis_and_moments(
     if all(factor is None for factor in factors):
         return Refreshed([None for _ in factors], exp_avg, exp_avg_sq, any_failed)
     permuted = exp_avg_sq
+    turned = [factor is not None and (axes is None or axis in axes) for axis, factor in enumerate(factors)]
     for axis, factor in enumerate(factors):
-        if factor is None:
-            new_bases.append(None)
+        if factor is None or not turned[axis]:
+            new_bases.append(None if bases is None else bases[axis])
             continue
         axis_result = refresh_bases(
             factor,
@@ -87,8 +90,10 @@ def refresh_eigenbasis_and_moments(
         any_refreshed |= axis_result.refreshed
         any_failed |= axis_result.failed
 
-    original = exp_avg if bases is None else project_back(exp_avg, bases)
-    new_exp_avg = torch.where(along_stack(any_refreshed, exp_avg), project(original, new_bases), exp_avg)
+    # Only along the axes that were refreshed: the other bases would take it out and in again.
+    original = exp_avg if bases is None else project_back(exp_avg, _where(turned, bases))
+    carried = project(original, _where(turned, new_bases))
+    new_exp_avg = torch.where(along_stack(any_refreshed, exp_avg), carried, exp_avg)
     if bases is None or second_moment_refresh == "kronecker":
         estimate = kronecker_second_moment(exp_avg_sq, factors, new_bases)
         permuted = torch.where(along_stack(any_refreshed, exp_avg), estimate, permuted)
@@ -125,6 +130,10 @@ def kronecker_second_moment(
     # A factor or moment of zeros gives 0 / 0.
     usable = estimate.isfinite().flatten(1).all(1)
     return torch.where(along_stack(usable, exp_avg_sq), estimate, exp_avg_sq)
+
+
+def _where(chosen: Sequence[bool], bases: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [basis if take else None for take, basis in zip(chosen, bases, strict=True)]
 
 
 def _along(values: Tensor, axis: int, like: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ from emerging_optimizers.soap.functional import (
 )
 from emerging_optimizers.soap.incidents import count_skips
 from emerging_optimizers.soap.layout import layout_for
-from emerging_optimizers.soap.options import name_of, refresh_frequency, validate_options
+from emerging_optimizers.soap.options import name_of, validate_options
 from emerging_optimizers.soap.state import fits, working_dtype
+from emerging_optimizers.soap.timing import Timetable
 
 __all__ = [
     "SOAP",
@@ -91,6 +92,9 @@ class SOAP(WeightDecayMixin, Optimizer):
         nonfinite: A tensor whose gradient has NaN or Inf, or overflows when squared: "skip" leaves its weight, moments,
             factors and bases as they are and counts it in the state; "raise" raises before anything has changed;
             "propagate" computes on.
+        stagger_updates: Spread the refreshes over the period, so that all steps take about as long. Every axis of every
+            tensor is still refreshed each ``precondition_frequency`` steps; in which of them follows from the
+            parameter list. Without it all are refreshed in the same step.
 
     State, per parameter: ``step``, the steps done, 0-D float64 on the CPU; ``exp_avg`` and ``exp_avg_sq``, shaped like
     the parameter and held in the eigenbasis once there is one; ``skipped_steps``, 0-D int64. Preconditioned tensors
@@ -149,6 +153,7 @@ class SOAP(WeightDecayMixin, Optimizer):
         merge_dims: bool = False,
         second_moment_refresh: str = "rank",
         nonfinite: str = "skip",
+        stagger_updates: bool = False,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -176,6 +181,7 @@ class SOAP(WeightDecayMixin, Optimizer):
             "merge_dims": merge_dims,
             "second_moment_refresh": second_moment_refresh,
             "nonfinite": nonfinite,
+            "stagger_updates": stagger_updates,
         }
         validate_options(defaults)
         super().__init__(params, defaults)
@@ -243,14 +249,14 @@ class SOAP(WeightDecayMixin, Optimizer):
         for group in self.param_groups:
             validate_options(group)  # a scheduler or a user may have changed them
             self._check_gradients(group)
-        dues = [self._due_steps(group) for group in self.param_groups]
+        timetables = [Timetable(group, self.state) for group in self.param_groups]
         skipped: list[Tensor] = []
-        for group, buckets, due in zip(self.param_groups, self._form_buckets(), dues, strict=True):
+        for group, buckets, timetable in zip(self.param_groups, self._form_buckets(), timetables, strict=True):
             with fp32_matmul_precision(group["fp32_matmul_prec"]):
                 for bucket in buckets:
                     with torch.autocast(bucket.device.type, enabled=False):
                         for run in list(bucket.runs()):
-                            step_run(run, group, due, skipped)
+                            step_run(run, group, timetable, skipped)
         count_skips(skipped)
         return loss
 
@@ -295,13 +301,6 @@ class SOAP(WeightDecayMixin, Optimizer):
                     f"The state of {name_of(group, index)} has other preconditioned axes than max_precond_dim, "
                     "merge_dims and precondition_1d now give; they cannot change after the first step"
                 )
-
-    def _due_steps(self, group: dict[str, Any]) -> set[int]:
-        """Those of the steps that the group's tensors are at, at which an existing basis is to be refreshed."""
-        states = [self.state[p] for p in group["params"] if p.grad is not None and self.state.get(p)]
-        steps = {int(state["step"]) for state in states if "refresh_step" in state and state["refresh_step"] > 0}
-        frequency = group["precondition_frequency"]
-        return {t for t in steps if t >= group["adam_warmup_steps"] and t % refresh_frequency(frequency, t) == 0}
 
     def _form_buckets(self) -> list[list[Bucket]]:
         """The buckets of every group; those of the last step where nothing has changed."""

@@ -82,6 +82,7 @@ SOAP_INVALID: dict[str, tuple[Any, str]] = {
     "merge_dims": (2, "Invalid merge_dims: 2"),
     "second_moment_refresh": ("rotate", "Invalid second_moment_refresh: 'rotate'"),
     "nonfinite": ("ignore", "Invalid nonfinite: 'ignore'"),
+    "stagger_updates": (1, "Invalid stagger_updates: 1"),
 }
 
 

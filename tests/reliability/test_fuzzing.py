@@ -58,7 +58,7 @@ choices = {
     "nonfinite": ["skip", "raise", "propagate"],
 }
 flags = ["use_nesterov", "precondition_1d", "correct_bias", "use_eigh", "use_adaptive_criteria", "use_kl_shampoo"]
-flags += ["maximize", "merge_dims"]
+flags += ["maximize", "merge_dims", "stagger_updates"]
 OPTIONS: dict[str, st.SearchStrategy] = {
     "lr": st.one_of(
         st.floats(0.0, 1.0),

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap import state as state_module
+from emerging_optimizers.soap.layout import layout_for
+from emerging_optimizers.soap.timing import refresh_offsets
 from tests.oracle import OracleSOAP, preconditioned_axes, working_shape
 from tests.unit.pairwise import all_pairs, covered_pairs, pairwise_design
 
@@ -62,6 +64,7 @@ LEVELS = {
     "merge_dims": [False, True],
     "maximize": [False, True],
     "second_moment_refresh": ["rank", "kronecker"],
+    "stagger_updates": [False, True],
 }
 MATTERS_TO_ADAM = [
     "shape",
@@ -105,6 +108,7 @@ def options_of(case: Mapping) -> dict:
         "merge_dims",
         "maximize",
         "second_moment_refresh",
+        "stagger_updates",
     ]
     correct_bias, correct_shampoo_beta_bias = case["bias"]
     return {name: case[name] for name in same} | {
@@ -198,7 +202,12 @@ class Pair:
         self.start = start
         self.params = [torch.nn.Parameter(w.to(dtype)) for w in start]
         self.soap = SOAP(self.params, fp32_matmul_prec="highest", qr_fp32_matmul_prec="highest", **self.options)
-        self.oracle = OracleSOAP(start, adopt_basis=self.adopt, **self.options)
+        self.oracle = OracleSOAP(start, adopt_basis=self.adopt, place=self.place, **self.options)
+
+    def place(self, index: int, axis: int, frequency: int) -> int:
+        """Where in the period the optimizer refreshes: which place it is has a test of its own."""
+        layouts = tuple(layout_for(p, self.soap.param_groups[0]) for p in self.params)
+        return refresh_offsets(layouts, frequency)[index][layouts[index].axes.index(axis)]
 
     def adopt(self, index: int, axis: int, factor: Tensor, before: Tensor | None, own: Tensor) -> Tensor:
         """The oracle's own basis where it is determined, else the optimizer's once it is seen to be valid."""

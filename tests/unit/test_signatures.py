@@ -41,6 +41,7 @@ OWN_SOAP_OPTIONS = {
     "merge_dims": False,
     "second_moment_refresh": "rank",
     "nonfinite": "skip",
+    "stagger_updates": False,
 }
 
 

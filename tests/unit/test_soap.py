@@ -38,6 +38,7 @@ MODES = {
     "raise": {"nonfinite": "raise"},
     "propagate": {"nonfinite": "propagate"},
     "clipped": {"max_update_rms": 0.5},
+    "staggered": {"stagger_updates": True, "precondition_frequency": 5},
 }
 
 COUNTERS = ("step", "refresh_step", "skipped_steps", "failed_refreshes")
@@ -459,6 +460,7 @@ INVALID = {
     "merge_dims": [(2, TypeError)],
     "second_moment_refresh": [("rotate", ValueError)],
     "nonfinite": [("ignore", ValueError)],
+    "stagger_updates": [(1, TypeError)],
 }
 CALLED = {"lr": "learning rate|Tensor lr", "betas": "beta", "eps": "epsilon"}
 

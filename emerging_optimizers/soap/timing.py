@@ -1,0 +1,84 @@
+"""When an eigenbasis is refreshed: every f steps, all together or spread over the period.
+
+Refreshed together, the matrices make every f-th step several times longer than the others. With ``stagger_updates``
+every axis of every tensor has a place of its own in the period, and is refreshed there, exactly f steps after the
+last time. The places depend on the parameter list, the options and f alone, so that a resumed run goes on with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+from emerging_optimizers.soap.layout import Layout, layout_for
+from emerging_optimizers.soap.options import refresh_frequency
+
+
+class Timetable:
+    """What is due in one step of a parameter group.
+
+    Args:
+        group: The parameter group.
+        states: The optimizer's state.
+
+    Raises:
+        TypeError, ValueError: The group's ``precondition_frequency`` is a callable and returned something impossible.
+    """
+
+    def __init__(self, group: Mapping[str, Any], states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        self._layouts: tuple[Layout, ...] = ()
+        #: Per step that a tensor with a basis is at: the frequency then. A warm-up refreshes nothing.
+        self._frequencies: dict[int, int] = {}
+        active = [states[p] for p in group["params"] if p.grad is not None and states.get(p)]
+        for step in {int(s["step"]) for s in active if "refresh_step" in s and s["refresh_step"] > 0}:
+            if step >= group["adam_warmup_steps"]:
+                self._frequencies[step] = refresh_frequency(group["precondition_frequency"], step)
+        if group["stagger_updates"]:
+            self._layouts = tuple(layout_for(parameter, group) for parameter in group["params"])
+
+    def due_axes(self, index: int, layout: Layout, step: int) -> tuple[int, ...]:
+        """The axes that are refreshed at ``step``, for the parameter with this index in the group."""
+        frequency = self._frequencies.get(step)
+        if frequency is None:
+            return ()
+        if not self._layouts:
+            return layout.axes if step % frequency == 0 else ()
+        offsets = refresh_offsets(self._layouts, frequency)[index]
+        return tuple(axis for axis, o in zip(layout.axes, offsets, strict=True) if (step - o) % frequency == 0)
+
+
+@lru_cache(maxsize=256)
+def refresh_offsets(layouts: Sequence[Layout], period: int) -> tuple[tuple[int, ...], ...]:
+    """A place in the period for every preconditioned axis, such that each step of the period has about the same work.
+
+    Greedy: the most expensive refresh first, each to the step with the least work so far.
+
+    Args:
+        layouts: Of every parameter, in order.
+        period: The number of places.
+
+    Returns:
+        Per parameter, the places of its preconditioned axes.
+
+    Example:
+        >>> refresh_offsets((Layout((8, 4), (0, 1)), Layout((4, 4), (0, 1))), 2)
+        ((0, 1), (1, 1))
+    """
+    jobs = [(refresh_flops(layout, axis), i, axis) for i, layout in enumerate(layouts) for axis in layout.axes]
+    load = [0] * period
+    place: dict[tuple[int, int], int] = {}
+    for flops, i, axis in sorted(jobs, key=lambda job: (-job[0], job[1:])):
+        least = load.index(min(load))
+        load[least] += flops
+        place[i, axis] = least
+    return tuple(tuple(place[i, axis] for axis in layout.axes) for i, layout in enumerate(layouts))
+
+
+def refresh_flops(layout: Layout, axis: int) -> int:
+    """Roughly what a refresh of one axis costs: ``K Q``, its QR, and the first moment out of the basis and in again."""
+    size = layout.shape[axis]
+    return 2 * size**3 + 4 * size**3 + 4 * prod(layout.shape) * size
