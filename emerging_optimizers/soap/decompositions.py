@@ -60,7 +60,7 @@ def _rescued(
     """``decompose(matrices)`` with the rescue that this module promises, and whether the last good was kept, (B,)."""
     result = _attempt(decompose, matrices)
     if result is not None:
-        usable = result.isfinite().all(-1).all(-1)
+        usable = result.sum((-2, -1)).isfinite()  # one pass; a NaN or Inf anywhere stays one
         if state.masks_on(matrices.device):
             return torch.where(usable.view(-1, 1, 1), result, last_good), ~usable
         if bool(usable.all()):
