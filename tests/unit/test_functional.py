@@ -323,7 +323,7 @@ def test_an_error_names_the_argument_what_it_got_and_what_it_wanted(case: str) -
 
 @pytest.mark.parametrize("shape", [(5, 700, 3), (1, 100, 384), (2, 385, 384), (1, 900, 500)])
 @pytest.mark.parametrize("finite", [None, False, True])
-def test_a_gram_product_in_blocks_is_the_whole_one_and_symmetric(shape: tuple, finite: bool | None) -> None:
+def test_a_gram_product_in_blocks_is_the_whole_one(shape: tuple, finite: bool | None) -> None:
     count, size, rank = shape
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     factor = matrix[:, :, :2] @ matrix[:, :, :2].mT
@@ -333,4 +333,3 @@ def test_a_gram_product_in_blocks_is_the_whole_one_and_symmetric(shape: tuple, f
     expected = factor if finite is False else 0.9 * factor + 0.1 * matrix @ matrix.mT
     kronecker._decay_and_add_gram_(factor := factor.clone(), matrix, 0.9, mask)
     torch.testing.assert_close(factor, expected, rtol=1e-12, atol=1e-12)
-    assert torch.equal(factor, factor.mT) or size <= kronecker.GRAM_ROWS or rank < kronecker.GRAM_ROWS
