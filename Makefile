@@ -8,7 +8,7 @@ READY := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types docs doctest audit bench clean
+.PHONY: help demo test lint types docs doctest audit bench races clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name what; do \
@@ -36,7 +36,13 @@ doctest: $(READY)  ## run the examples in the package's docstrings
 audit: $(READY)  ## check dependencies: pins, imports, licences (no network; pip-audit -r constraints.txt needs one)
 	$(BIN)/python tools/audit.py
 
-bench: $(READY)  ## race every task over three seeds, for the README's figures (25 minutes; leave the machine alone)
+bench: $(READY)  ## time a step beside the peers, and what a refresh is made of (10 minutes; leave the machine alone)
+	$(BIN)/python -m benchmarks.step_time --rounds 3
+	$(BIN)/python benchmarks/step_time_plot.py
+	$(BIN)/python -m benchmarks.refresh_cost
+	$(BIN)/python -m benchmarks.gram_product
+
+races: $(READY)  ## race every task over three seeds, for the README's figures (25 minutes; leave the machine alone)
 	$(BIN)/python benchmarks/race.py
 
 clean:  ## delete what the targets make, except .venv

@@ -13,7 +13,6 @@ matrix, at the float32 matmul rate that is measured in the same rounds.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -279,5 +278,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # processes that wait for their turn must not spin
     main()

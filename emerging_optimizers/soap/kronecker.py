@@ -17,9 +17,9 @@ from torch import Tensor
 
 from emerging_optimizers.precision import fp32_matmul_precision
 
-#: On a CPU, a Gram product of more rows than this is formed in blocks of them, its lower half only, and mirrored: 0.55
-#: to 0.65 of the time from 1,024 rows on (Zen 4, two cores). Below that the mirroring takes what the products save.
-GRAM_ROWS = 384
+#: On a CPU, a Gram product of more rows than this is formed in blocks of them, its lower half only, and mirrored: 0.6 to
+#: 0.9 of the time (``benchmarks/gram_product.py``). With fewer columns the mirroring takes what that saves.
+GRAM_ROWS = 256
 
 
 def unfold(stack: Tensor, axis: int) -> Tensor:

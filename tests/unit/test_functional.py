@@ -324,7 +324,7 @@ def test_an_error_names_the_argument_what_it_got_and_what_it_wanted(case: str) -
 @pytest.mark.parametrize("shape", [(5, 700, 3), (1, 100, 384), (2, 385, 384), (1, 900, 500)])
 @pytest.mark.parametrize("finite", [None, False, True])
 def test_a_gram_product_in_blocks_is_the_whole_one(shape: tuple, finite: bool | None) -> None:
-    count, size, rank = shape
+    count = shape[0]
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     factor = matrix[:, :, :2] @ matrix[:, :, :2].mT
     mask = None if finite is None else torch.tensor([finite] * count)

@@ -1,0 +1,156 @@
+"""How to orthonormalise ``K Q``: time, orthogonality and residual of several methods on the factors of a real training.
+
+    python benchmarks/refresh_cost.py        # three minutes on two cores; leave the machine alone
+
+The race's transformer is trained with SOAP at frequency 10, and the stacks of factors and products that its refreshes
+meet are kept. Each method then orthonormalises the same products, columns scaled to unit length. ``fails`` counts
+matrices whose result is not finite or further than 1e-4 from orthonormal; the other columns are of the rest.
+``residual`` is the off-diagonal part of ``Q^T K Q``, relative to ``K``.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from emerging_optimizers.lab.machine import machine, versions
+from emerging_optimizers.lab.optimizers import make_contender
+from emerging_optimizers.lab.tasks import make_task
+from emerging_optimizers.soap import eigenbasis
+
+OUT = Path(__file__).parent / "results" / "refresh_cost.json"
+STEPS, KEPT = 301, (10, 20, 40, 80, 150, 300)
+LEAF = 64
+
+
+def householder(products: Tensor) -> Tensor:
+    return torch.linalg.householder_product(*torch.geqrf(products))
+
+
+def cholesky_qr_twice(products: Tensor) -> Tensor:
+    for _ in range(2):
+        root, _ = torch.linalg.cholesky_ex(products.mT @ products, upper=True)
+        products = torch.linalg.solve_triangular(root, products, upper=True, left=False)
+    return products
+
+
+def inverse_root(gram: Tensor) -> Tensor:
+    """The upper triangular ``T`` with ``T^T G T = I``, by blocks: all but the leaves are products."""
+    size = gram.shape[-1]
+    if size <= LEAF:
+        root, _ = torch.linalg.cholesky_ex(gram, upper=True)
+        identity = torch.eye(size, dtype=gram.dtype, device=gram.device).expand_as(gram)
+        return torch.linalg.solve_triangular(root, identity, upper=True)
+    half = -(-size // 2 // LEAF) * LEAF
+    first = inverse_root(gram[..., :half, :half])
+    across = first.mT @ gram[..., :half, half:]
+    second = inverse_root(torch.baddbmm(gram[..., half:, half:], across.mT, across, alpha=-1))
+    result = torch.zeros_like(gram)
+    result[..., :half, :half], result[..., half:, half:] = first, second
+    result[..., :half, half:] = -(first @ (across @ second))
+    return result
+
+
+def cholesky_qr_by_products(products: Tensor) -> Tensor:
+    for _ in range(2):
+        products = products @ inverse_root(products.mT @ products)
+    return products
+
+
+def gram_schmidt(products: Tensor, passes: int) -> Tensor:
+    """Panels of 64 columns: out of the earlier ones by projection, among themselves by Cholesky QR."""
+    result = torch.empty_like(products)
+    for start in range(0, products.shape[-1], LEAF):
+        panel, earlier = products[..., start : start + LEAF], result[..., :start]
+        for _ in range(passes):
+            if start:
+                panel = torch.baddbmm(panel, earlier, earlier.mT @ panel, alpha=-1)
+            panel = panel @ inverse_root(panel.mT @ panel)
+        result[..., start : start + LEAF] = panel
+    return result
+
+
+METHODS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Householder (LAPACK)": householder,
+    "Cholesky QR twice (LAPACK)": cholesky_qr_twice,
+    "Cholesky QR twice (products)": cholesky_qr_by_products,
+    "panels, one pass": lambda products: gram_schmidt(products, 1),
+    "panels, two passes": lambda products: gram_schmidt(products, 2),
+}
+
+
+def real_stacks() -> list[tuple[int, Tensor, Tensor]]:
+    """Step, factors and sorted, scaled products of the refreshes of a training."""
+    kept: list[tuple[int, Tensor, Tensor]] = []
+    step = 0
+    real = eigenbasis.orthogonal_iteration
+
+    def watch(factors: Tensor, bases: Tensor, products: Tensor, quotients: Tensor, *rest: object) -> object:
+        result = real(factors, bases, products, quotients, *rest)
+        if step in KEPT:
+            order = result[1].unsqueeze(-2).expand_as(products)
+            products = products.gather(-1, order)
+            kept.append((step, factors.clone(), products / torch.linalg.vector_norm(products, dim=-2, keepdim=True)))
+        return result
+
+    eigenbasis.orthogonal_iteration = watch
+    task = make_task("charlm", 0, {})
+    torch.manual_seed(0)
+    model = task.model()
+    contender = make_contender("soap", model, 0.006, "charlm", 10)
+    for step in range(STEPS):
+        task.loss(model, task.batch(step)).backward()
+        contender.step()
+        contender.zero_grad()
+    eigenbasis.orthogonal_iteration = real
+    return kept
+
+
+def main() -> None:
+    found: dict[tuple[str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for _, factors, products in real_stacks():
+        identity = torch.eye(factors.shape[-1])
+        for name, method in METHODS.items():
+            times = []
+            for _ in range(5):
+                begin = perf_counter()
+                bases = method(products)
+                times.append(perf_counter() - begin)
+            line = found[name, factors.shape[-1]]
+            line["ms"].append(1000 * median(times) / len(factors))
+            rotated = bases.mT @ factors @ bases
+            off = rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
+            residuals = torch.linalg.matrix_norm(off) / torch.linalg.matrix_norm(factors)
+            gaps = (bases.mT @ bases - identity).abs().amax((-2, -1))
+            good = gaps <= 1e-4  # false for NaN
+            line["fails"] += (~good).tolist()
+            line["orthogonality"] += gaps[good].tolist()
+            line["residual"] += residuals[good].tolist()
+    lines = [
+        {
+            "size": size,
+            "method": name,
+            "ms_per_matrix": round(median(line["ms"]), 3),
+            "matrices": len(line["fails"]),
+            "fails": int(sum(line["fails"])),
+            "worst_orthogonality": float(f"{max(line['orthogonality'], default=float('nan')):.1e}"),
+            "median_residual": float(f"{median(line['residual'] or [float('nan')]):.4g}"),
+        }
+        for (name, size), line in sorted(found.items(), key=lambda item: (item[0][1], list(METHODS).index(item[0][0])))
+    ]
+    keys = list(lines[0])
+    print("| " + " | ".join(keys) + " |\n" + "| --- " * len(keys) + "|")
+    for line in lines:
+        print("| " + " | ".join(str(line[key]) for key in keys) + " |")
+    head = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions()}
+    OUT.write_text(json.dumps({**head, "steps": KEPT, "results": lines}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Draws the pictures of ``docs/performance.md`` from ``benchmarks/results/step_time.json``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import ScalarFormatter
+
+ROOT = Path(__file__).parent.parent
+COLOURS = {
+    "soap": "#1f5fbf",
+    "soap-staggered": "#3fa7d6",
+    "heavyball": "#c44e52",
+    "pytorch-optimizer": "#dd8452",
+    "muon": "#55a868",
+    "adamw": "#8c8c8c",
+}
+
+
+def bars(axes: Any, result: dict[str, Any]) -> None:
+    lines = sorted(result["optimizers"].items(), key=lambda item: -item[1]["over_floor"])
+    axes.barh([name for name, _ in lines], [line["over_floor"] for _, line in lines],
+              color=[COLOURS[name] for name, _ in lines])  # fmt: skip
+    for place, (_, line) in enumerate(lines):
+        axes.text(line["over_floor"], place, f" {line['over_floor']:g}", va="center", fontsize=8)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_title(f"{result['set']}, frequency {result['frequency']}", fontsize=10)
+    axes.set_xlabel("mean step / floor")
+
+
+def steps(axes: Any, result: dict[str, Any]) -> None:
+    for name, line in result["optimizers"].items():
+        if name in ("soap", "soap-staggered", "heavyball", "pytorch-optimizer"):
+            times = [time for times in line["steps_ms"] for time in times]
+            axes.plot(range(1, len(times) + 1), times, label=name, color=COLOURS[name], linewidth=1.2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.set_title(f"{result['set']}, frequency {result['frequency']}", fontsize=10)
+    axes.set_xlabel("step")
+    axes.set_ylabel("ms")
+    axes.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.1), ncols=2)
+
+
+def main() -> None:
+    results = json.loads((ROOT / "benchmarks/results/step_time.json").read_text())["results"]
+    for kind, draw, shown in (
+        ("ratio", bars, results),
+        ("flatness", steps, [result for result in results if result["frequency"] > 1]),
+    ):
+        rows = (len(shown) + 1) // 2
+        figure, grid = plt.subplots(rows, 2, figsize=(9, 2.9 * rows), squeeze=False)
+        for axes, result in zip(grid.flat, shown, strict=False):
+            draw(axes, result)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.tight_layout()
+        figure.savefig(ROOT / f"docs/step-time-{kind}.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()
