@@ -17,8 +17,8 @@ from torch import Tensor
 
 from emerging_optimizers.precision import fp32_matmul_precision
 
-#: On a CPU, a Gram product of more rows than this is formed in blocks of them, its lower half only, and mirrored: 0.6 to
-#: 0.9 of the time (``benchmarks/gram_product.py``). With fewer columns the mirroring takes what that saves.
+#: On a CPU, a Gram product of more rows than this is formed in blocks of them, its lower half only, and mirrored, in
+#: 0.6 to 0.9 of the time (``benchmarks/gram_product.py``). With fewer columns the mirroring takes what that saves.
 GRAM_ROWS = 256
 
 
