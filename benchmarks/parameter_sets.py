@@ -26,6 +26,7 @@ PARAMETER_SETS: dict[str, list[tuple[int, ...]]] = {
     "gpt-d128x8": gpt(128, 8),
     "gpt-d512x2": gpt(512, 2),
     "gpt2-124m": gpt(768, 12),
+    "gpt-1.3b-quarter": gpt(2048, 6),  # of its 24 layers: several optimizers must fit beside each other
     "vit-b": [(768, 768), *gpt(768, 12)],
     "resnet50": resnet50(),
 }
