@@ -11,7 +11,6 @@ have state. A run that is resumed from a checkpoint therefore forms the same buc
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from math import prod
@@ -78,8 +77,7 @@ class Bucket:
     def holds(self, states: Sequence[dict[str, Any]]) -> bool:
         """Whether the members' states are still the views that this bucket made, and nobody else's tensors."""
         return all(
-            len(state) == len(views)
-            and all(map(operator.is_, state.values(), views.values()))
+            all(state.get(key) is view for key, view in views.items())
             and state["exp_avg"].untyped_storage().data_ptr() == self.stacks["exp_avg"].untyped_storage().data_ptr()
             for state, views in zip(states, self._views, strict=True)
         )

@@ -87,6 +87,7 @@ def test_no_state_is_moved_by_a_step(mode: str) -> None:
     optimizer = SOAP(parameters, lr=0.1, **MODES[mode])
     set_gradients(parameters, 0)
     optimizer.step()
+    optimizer.state[parameters[0]]["somebody's own"] = torch.zeros(3)
     before = pointers(optimizer)
     for step in range(1, 6):
         set_gradients(parameters, step, lambda i, t=step: i % 5 == t)
