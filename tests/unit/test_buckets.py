@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from emerging_optimizers.soap import SOAP, buckets
 from emerging_optimizers.soap import state as state_module
@@ -113,35 +113,50 @@ def test_a_late_starter_moves_only_the_bucket_that_it_joins() -> None:
     assert all(torch.equal(optimizer.state[parameters[0]][key], value) for key, value in values.items())
 
 
-def replace(state: dict[str, Tensor], how: str) -> None:
-    if how == "another tensor":
-        state["exp_avg"] = state["exp_avg"].clone() * 2
-    elif how == "another factor":
-        state["GG_0"] = state["GG_0"].clone() * 2
-    elif how == "data":
-        state["exp_avg"].data = state["exp_avg"].clone() * 2
-    elif how == "counter":
-        state["step"] = torch.tensor(40.0)
-    elif how == "in place":
-        state["exp_avg"].mul_(2)
+REPLACEMENTS: dict[str, tuple[Callable, Callable]] = {
+    # What somebody does to a state, and the same done in place.
+    "another tensor": (
+        lambda state: state.update(exp_avg=state["exp_avg"].clone() * 2),
+        lambda state: state["exp_avg"].mul_(2),
+    ),
+    "another factor": (
+        lambda state: state.update(GG_0=state["GG_0"].clone() * 2),
+        lambda state: state["GG_0"].mul_(2),
+    ),
+    "another counter": (
+        lambda state: state.update(step=torch.tensor(40.0)),
+        lambda state: state["step"].fill_(40),
+    ),
+    "other data": (
+        lambda state: setattr(state["exp_avg"], "data", state["exp_avg"].clone() * 2),
+        lambda state: state["exp_avg"].mul_(2),
+    ),
+}
 
 
-@pytest.mark.parametrize("how", ["another tensor", "another factor", "data", "counter", "in place"])
-def test_tensors_that_somebody_puts_into_the_state_are_used(how: str, one_by_one: Callable) -> None:
-    together, alone = new_parameters(torch.float64), new_parameters(torch.float64)
-    optimizer, control = SOAP(together, lr=0.1, eps=1e-4), SOAP(alone, lr=0.1, eps=1e-4)
+@pytest.mark.parametrize("how", REPLACEMENTS)
+def test_tensors_that_somebody_puts_into_the_state_are_used(how: str) -> None:
+    trained = []
+    for change in REPLACEMENTS[how]:
+        parameters = new_parameters(torch.float64)
+        optimizer = SOAP(parameters, lr=0.1, eps=1e-4)
+        for step in range(6):
+            set_gradients(parameters, step)
+            if step == 3:
+                change(optimizer.state[parameters[1]])
+            optimizer.step()
+        trained.append((parameters, optimizer))
+    untouched = new_parameters(torch.float64)
+    control = SOAP(untouched, lr=0.1, eps=1e-4)
     for step in range(6):
-        set_gradients(together, step)
-        set_gradients(alone, step)
-        if step == 3:
-            replace(optimizer.state[together[1]], how)
-            replace(control.state[alone[1]], "in place" if how in ("data", "another tensor") else how)
-        optimizer.step()
-        one_by_one(control)
-    for p, q in zip(together, alone, strict=True):
+        set_gradients(untouched, step)
+        control.step()
+    (parameters, optimizer), (others, in_place) = trained
+    for p, q in zip(parameters, others, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
-        assert optimizer.state[p]["step"] == control.state[q]["step"]
-        torch.testing.assert_close(optimizer.state[p]["exp_avg"].norm(), control.state[q]["exp_avg"].norm())
+        for key, value in optimizer.state[p].items():
+            torch.testing.assert_close(value, in_place.state[q][key], rtol=1e-8, atol=1e-10)
+    assert not torch.equal(parameters[1], untouched[1])
 
 
 def test_saved_files_are_not_larger_than_the_state() -> None:
