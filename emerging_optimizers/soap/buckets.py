@@ -67,9 +67,16 @@ class Bucket:
                 self._views[b][key] = view.view(parameter.shape) if key.startswith("exp_avg") else view
         for state, views in zip(states, self._views, strict=True):
             for key, view in views.items():
+                if key in state and tuple(state[key].shape) != tuple(view.shape):
+                    raise RuntimeError(
+                        f"state[{key!r}] must have shape {tuple(view.shape)}, got {tuple(state[key].shape)}"
+                    )
+        for state, views in zip(states, self._views, strict=True):
+            for key, view in views.items():
                 if key in state:
                     view.copy_(state[key])
             state.update(views)
+        self._pointers = [[view.data_ptr() for view in views.values()] for views in self._views]
         if layout is not None:
             for key in ("exp_avg", "exp_avg_sq"):
                 self.stacks[key] = self.stacks[key].view(len(members), *layout.shape)
@@ -77,9 +84,9 @@ class Bucket:
     def holds(self, states: Sequence[dict[str, Any]]) -> bool:
         """Whether the members' states are still the views that this bucket made, and nobody else's tensors."""
         return all(
-            all(state.get(key) is view for key, view in views.items())
-            and state["exp_avg"].untyped_storage().data_ptr() == self.stacks["exp_avg"].untyped_storage().data_ptr()
-            for state, views in zip(states, self._views, strict=True)
+            state.get(key) is view and view.data_ptr() == pointer
+            for state, views, pointers in zip(states, self._views, self._pointers, strict=True)
+            for (key, view), pointer in zip(views.items(), pointers, strict=True)
         )
 
     def runs(self) -> Iterator[Run]:
@@ -192,33 +199,34 @@ def stretches(values: Sequence[Any]) -> Iterator[tuple[int, int]]:
             start = stop
 
 
-def form_buckets(
-    group: dict[str, Any], states: dict[Tensor, dict[str, Any]], former: Sequence[Bucket] = ()
-) -> list[Bucket]:
+def form_buckets(group: dict[str, Any], states: dict[Tensor, dict[str, Any]], former: list[Bucket]) -> list[Bucket]:
     """The buckets of a group: of every parameter that has a gradient now or has had one.
 
     Args:
         group: The parameter group.
         states: The optimizer's state; gets an entry for each parameter that has a gradient and none yet.
-        former: The buckets so far; those that still stand are used again, so that their state stays where it is.
+        former: The buckets so far; those that still stand are used again, so that their state stays where it is. Is
+            emptied, so that a bucket that does not stand is freed as its members move out.
     """
     kinds: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
     for index, parameter in enumerate(group["params"]):
-        if parameter.grad is not None or states.get(parameter):
+        if parameter.grad is not None or "step" in states.get(parameter, ()):
             layout = layout_for(parameter, group)
             kind = (layout if layout.axes else None, working_dtype(parameter), parameter.device)
             kinds.setdefault(kind, []).append((index, parameter))
-    standing = {tuple(map(id, bucket.parameters)): bucket for bucket in former}
-    buckets = []
-    for (layout, *_), members in kinds.items():
-        for chunk in _chunks(layout, members):
-            bucket = standing.get(tuple(id(parameter) for _, parameter in chunk))
-            chunk_states = [states[parameter] for _, parameter in chunk]
-            if bucket is None or bucket.layout != layout or not bucket.holds(chunk_states):
-                bucket = Bucket(layout, chunk, chunk_states)
-            bucket.indices = [index for index, _ in chunk]
-            buckets.append(bucket)
-    return buckets
+    chunks = [(kind, chunk) for kind, members in kinds.items() for chunk in _chunks(kind[0], members)]
+    standing = {(bucket.layout, bucket.dtype, bucket.device, *map(id, bucket.parameters)): bucket for bucket in former}
+    found = [standing.pop((*kind, *(id(parameter) for _, parameter in chunk)), None) for kind, chunk in chunks]
+    standing.clear()
+    former.clear()
+    for place, (kind, chunk) in enumerate(chunks):
+        chunk_states = [states[parameter] for _, parameter in chunk]
+        bucket = found[place]
+        if bucket is None or not bucket.holds(chunk_states):
+            bucket = found[place] = None
+            bucket = found[place] = Bucket(kind[0], chunk, chunk_states)
+        bucket.indices = [index for index, _ in chunk]
+    return [bucket for bucket in found if bucket is not None]
 
 
 def _chunks(layout: Layout | None, members: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:

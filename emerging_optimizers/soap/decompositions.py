@@ -58,7 +58,7 @@ def _rescued(
     name: str, decompose: Callable[[Tensor], Tensor], matrices: Tensor, last_good: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``decompose(matrices)`` with the rescue that this module promises, and whether the last good was kept, (B,)."""
-    result = _attempt(decompose, matrices)
+    result = _attempt(lambda: decompose(matrices))
     if result is not None:
         usable = result.sum((-2, -1)).isfinite()  # one pass; a NaN or Inf anywhere stays one
         if state.masks_on(matrices.device):
@@ -75,13 +75,13 @@ def _rescued_one(
 ) -> tuple[Tensor, bool]:
     """The decomposition of one matrix (d, d), and whether the last good one was kept."""
     attempts: dict[str, Callable[[], Tensor]] = {
-        "": lambda: matrix,
-        "float64": lambda: matrix.double(),
-        "cpu": lambda: matrix.double().cpu(),
+        "": lambda: decompose(matrix),
+        "float64": lambda: decompose(matrix.double()),
+        "cpu": lambda: decompose(matrix.cpu().double()),
     }
     outcomes = {"float64": "succeeded in float64", "cpu": "succeeded in float64 on the CPU"}
-    for help_from, converted in attempts.items():
-        result = _attempt(decompose, converted())
+    for help_from, attempt in attempts.items():
+        result = _attempt(attempt)
         if result is not None and bool(result.isfinite().all()):
             if help_from:
                 _report(name, help_from, matrix, outcomes[help_from])
@@ -90,10 +90,10 @@ def _rescued_one(
     return last_good, True
 
 
-def _attempt(decompose: Callable[[Tensor], Tensor], matrices: Tensor) -> Tensor | None:
+def _attempt(decompose: Callable[[], Tensor]) -> Tensor | None:
     try:
-        return decompose(matrices)
-    except RuntimeError:  # torch.linalg.LinAlgError, and the errors of the libraries beneath it
+        return decompose()
+    except RuntimeError:  # torch.linalg.LinAlgError, no memory left, and the errors of the libraries beneath
         return None
 
 

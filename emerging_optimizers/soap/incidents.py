@@ -21,8 +21,20 @@ logger = logging.getLogger(__name__)
 incidents: Counter[str] = Counter()
 
 _lock = Lock()
-#: Per device: the skips so far, there and as they have arrived on the host.
-_skips: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+class _Skips:
+    """The skips on one device: the sum there, as it has arrived on the host, and how many of them were reported."""
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.there = torch.zeros((), dtype=torch.int64, device=device)
+            pinned = device.type == "cuda"
+            self.here = torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=pinned)
+        self.reported = 0
+
+
+_skips: dict[torch.device, _Skips] = {}
 
 
 def report(kind: str, message: str, *arguments: object, times: int = 1) -> None:
@@ -67,20 +79,20 @@ def count_skips(skipped: Sequence[Tensor]) -> None:
 
 
 def _count_on(device: torch.device, skipped: Tensor) -> None:
-    if device not in _skips:
-        there = torch.zeros((), dtype=torch.int64, device=device)
-        _skips[device] = there, torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-    there, here = _skips[device]
-    kind = f"gradient skipped on {device}"
-    arrived = int(here) - incidents[kind]
+    with _lock:
+        if device not in _skips:
+            _skips[device] = _Skips(device)
+        skips = _skips[device]
+        arrived = int(skips.here) - skips.reported
+        skips.reported += arrived
+        skips.there += skipped.sum()
+        skips.here.copy_(skips.there, non_blocking=True)
     if arrived > 0:
         report(
-            kind,
+            f"gradient skipped on {device}",
             "%d gradients on %s had NaN or Inf or overflowed when squared. Their tensors were left as they are; "
             "state['skipped_steps'] counts per tensor.",
             arrived,
             device,
             times=arrived,
         )
-    there += skipped.sum()
-    here.copy_(there, non_blocking=True)

@@ -98,10 +98,11 @@ class SOAP(WeightDecayMixin, Optimizer):
 
     State, per parameter: ``step``, the steps done, 0-D float64 on the CPU; ``exp_avg`` and ``exp_avg_sq``, shaped like
     the parameter and held in the eigenbasis once there is one; ``skipped_steps``, 0-D int64. Preconditioned tensors
-    also have ``refresh_step``, the value of ``step`` after the last refresh, 0 before the first; ``failed_refreshes``,
-    0-D int64, those in which a decomposition failed for good and the last good basis stayed; and for each
-    preconditioned axis k of the working shape ``GG_k`` and ``Q_k``, (d_k, d_k). What was skipped or failed is logged
-    once per kind and counted for the process in ``emerging_optimizers.soap.incidents``.
+    also have ``refresh_step``, the value of ``step`` after the last refresh that was due, 0 before the first;
+    ``failed_refreshes``, 0-D int64, those in which a decomposition failed for good and the last good basis stayed; and
+    for each preconditioned axis k of the working shape ``GG_k`` and ``Q_k``, (d_k, d_k). They are views into stacks
+    that parameters share: clone them before saving the state of a single one. What was skipped or failed is logged once
+    per kind and counted for the process in ``emerging_optimizers.soap.incidents``.
 
     Raises:
         TypeError: An option has the wrong type.
@@ -219,6 +220,7 @@ class SOAP(WeightDecayMixin, Optimizer):
             ValueError: Groups, options, keys or shapes do not fit. Nothing has changed then.
         """
         load_exactly(self, super().load_state_dict, state_dict)
+        self._buckets = []  # or the old state would live on beside the new one until the next step
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -285,6 +287,13 @@ class SOAP(WeightDecayMixin, Optimizer):
     def _check_gradients(self, group: dict[str, Any]) -> None:
         """Raises what a step could raise about a parameter, before it changes anything."""
         for index, parameter in enumerate(group["params"]):
+            state = self.state.get(parameter, {})
+            if "step" in state and not fits(state, layout_for(parameter, group), parameter):
+                raise RuntimeError(
+                    f"The state of {name_of(group, index)} has another shape or other preconditioned axes than its "
+                    "shape, max_precond_dim, merge_dims and precondition_1d now give; they cannot change after the "
+                    "first step"
+                )
             grad = parameter.grad
             if grad is None:
                 continue
@@ -295,16 +304,11 @@ class SOAP(WeightDecayMixin, Optimizer):
                 is_usable(torch.linalg.vector_norm(grad.to(working_dtype(parameter))))
             ):
                 raise RuntimeError(f"The gradient of {name_of(group, index)} has NaN or Inf entries, or overflows")
-            state = self.state.get(parameter)
-            if state and not fits(state, layout_for(parameter, group)):
-                raise RuntimeError(
-                    f"The state of {name_of(group, index)} has other preconditioned axes than max_precond_dim, "
-                    "merge_dims and precondition_1d now give; they cannot change after the first step"
-                )
 
     def _form_buckets(self) -> list[list[Bucket]]:
         """The buckets of every group; those of the last step where nothing has changed."""
-        former = self._buckets + [[]] * len(self.param_groups)
-        pairs = zip(self.param_groups, former, strict=False)
-        self._buckets = [form_buckets(group, self.state, buckets) for group, buckets in pairs]
+        former = self._buckets + [[] for _ in self.param_groups]
+        self._buckets = []
+        for group, buckets in zip(self.param_groups, former, strict=False):
+            self._buckets.append(form_buckets(group, self.state, buckets))
         return self._buckets

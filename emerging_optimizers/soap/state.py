@@ -21,10 +21,9 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
 def init_state(state: dict[str, Any], parameter: Tensor, layout: Layout) -> None:
     """Fills an empty state. Its keys depend on the layout alone, so every process that trains a model has the same.
 
-    ``step`` and ``refresh_step`` (the value of ``step`` after the last refresh, 0 without a basis) are on the CPU,
-    where the host reads them without waiting, and float64: a float32 counter stands still at 2**24, and with it the
-    refreshes. Everything else is on the parameter's device. ``Q_k`` is the
-    identity until there is a basis.
+    ``step`` and ``refresh_step`` (the value of ``step`` after the last refresh that was due, 0 without a basis) are on
+    the CPU, where the host reads them without waiting, and float64: a float32 counter stands still at 2**24, and with
+    it the refreshes. Everything else is on the parameter's device. ``Q_k`` is the identity until there is a basis.
     """
     like: dict[str, Any] = {"dtype": working_dtype(parameter), "device": parameter.device}
     state["step"] = torch.zeros((), dtype=torch.float64, device="cpu")
@@ -40,10 +39,13 @@ def init_state(state: dict[str, Any], parameter: Tensor, layout: Layout) -> None
         state[f"Q_{axis}"] = torch.eye(size, **like)
 
 
-def fits(state: dict[str, Any], layout: Layout) -> bool:
-    """Whether the state was made for this layout."""
+def fits(state: dict[str, Any], layout: Layout, parameter: Tensor) -> bool:
+    """Whether the state was made for this layout, and for a parameter of this shape."""
     factors = {key: value.shape[0] for key, value in state.items() if key.startswith("GG_")}
-    return factors == {f"GG_{axis}": layout.shape[axis] for axis in layout.axes}
+    wanted = {f"GG_{axis}": layout.shape[axis] for axis in layout.axes}
+    return factors == wanted and all(
+        state[key].shape == parameter.shape for key in ("exp_avg", "exp_avg_sq") if key in state
+    )
 
 
 def masks_on(device: torch.device) -> bool:

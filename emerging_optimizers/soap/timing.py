@@ -30,24 +30,26 @@ class Timetable:
     """
 
     def __init__(self, group: Mapping[str, Any], states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        self._layouts: tuple[Layout, ...] = ()
         #: Per step that a tensor with a basis is at: the frequency then. A warm-up refreshes nothing.
         self._frequencies: dict[int, int] = {}
-        active = [states[p] for p in group["params"] if p.grad is not None and states.get(p)]
+        #: Per frequency that occurs: the places of each parameter's axes.
+        self._offsets: dict[int, tuple[tuple[int, ...], ...]] | None = None
+        active = [states[p] for p in group["params"] if p.grad is not None and "step" in states.get(p, ())]
         for step in {int(s["step"]) for s in active if "refresh_step" in s and s["refresh_step"] > 0}:
             if step >= group["adam_warmup_steps"]:
                 self._frequencies[step] = refresh_frequency(group["precondition_frequency"], step)
         if group["stagger_updates"]:
-            self._layouts = tuple(layout_for(parameter, group) for parameter in group["params"])
+            layouts = tuple(layout_for(parameter, group) for parameter in group["params"])
+            self._offsets = {f: refresh_offsets(layouts, f) for f in set(self._frequencies.values())}
 
     def due_axes(self, index: int, layout: Layout, step: int) -> tuple[int, ...]:
         """The axes that are refreshed at ``step``, for the parameter with this index in the group."""
         frequency = self._frequencies.get(step)
         if frequency is None:
             return ()
-        if not self._layouts:
+        if self._offsets is None:
             return layout.axes if step % frequency == 0 else ()
-        offsets = refresh_offsets(self._layouts, frequency)[index]
+        offsets = self._offsets[frequency][index]
         return tuple(axis for axis, o in zip(layout.axes, offsets, strict=True) if (step - o) % frequency == 0)
 
 
@@ -69,7 +71,7 @@ def refresh_offsets(layouts: Sequence[Layout], period: int) -> tuple[tuple[int, 
         ((0, 1), (1, 1))
     """
     jobs = [(refresh_flops(layout, axis), i, axis) for i, layout in enumerate(layouts) for axis in layout.axes]
-    load = [0] * period
+    load = [0] * min(period, len(jobs))  # more places than jobs stay empty
     place: dict[tuple[int, int], int] = {}
     for flops, i, axis in sorted(jobs, key=lambda job: (-job[0], job[1:])):
         least = load.index(min(load))

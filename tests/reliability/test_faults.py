@@ -144,6 +144,20 @@ def test_a_failing_routine_is_retried_alone_in_float64_on_the_cpu_and_then_the_l
     )
 
 
+@pytest.mark.parametrize("decompose", [eigenvectors, orthonormal_columns])
+def test_no_memory_for_a_retry_is_one_more_failure(decompose: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("planted")
+
+    matrices, last_good = random_factors(1, 4), torch.eye(4).expand(1, 4, 4)
+    monkeypatch.setattr(torch.linalg, "eigh", no_memory)
+    monkeypatch.setattr(torch, "geqrf", no_memory)
+    monkeypatch.setattr(Tensor, "double", no_memory)
+    result, kept = decompose(matrices, last_good)
+    assert kept.tolist() == [True]
+    assert torch.equal(result, last_good)
+
+
 def test_each_kind_is_told_once_and_counted_always(
     counted: dict[str, int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -319,6 +333,9 @@ def test_skips_that_only_the_device_knows_of_are_told_at_a_later_step(
             seen.append((sum(counted.values()), len(caplog.records)))
     assert seen == [(0, 0), (0, 0), (2, 1), (4, 1), (4, 1)]
     assert "2 gradients on cpu had NaN or Inf or overflowed when squared" in caplog.text
+    counted.clear()  # who empties the public counter must not be told of old skips again
+    optimizer.step()
+    assert not counted
     assert [int(optimizer.state[p]["skipped_steps"]) for p in parameters] == [2, 2]
 
 

@@ -1,7 +1,9 @@
 """Buckets: the same results as one parameter at a time, with state tensors that are views and never copied to step."""
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -127,6 +129,10 @@ REPLACEMENTS: dict[str, tuple[Callable, Callable]] = {
         lambda state: state.update(step=torch.tensor(40.0)),
         lambda state: state["step"].fill_(40),
     ),
+    "other data of a factor": (
+        lambda state: setattr(state["GG_0"], "data", state["GG_0"].clone() * 2),
+        lambda state: state["GG_0"].mul_(2),
+    ),
     "other data": (
         lambda state: setattr(state["exp_avg"], "data", state["exp_avg"].clone() * 2),
         lambda state: state["exp_avg"].mul_(2),
@@ -205,3 +211,95 @@ def test_the_parameters_of_a_group_may_change(change: str) -> None:
     train(optimizer, model, 3, start=3)
     assert torch.equal(last, before) == (change == "remove")
     assert [int(optimizer.state[p]["step"]) for p in first] == [6] * len(first)
+
+
+# --- what a cached bucket must not outlive --------------------------------------------------------------------------
+
+
+def test_a_model_that_changes_its_dtype_goes_on_in_it() -> None:
+    model = new_model()
+    optimizer = SOAP(model.parameters(), lr=1e-2)
+    train(optimizer, model, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for dtype in (torch.float64, torch.float32):
+        model.to(dtype)
+        other = copy.deepcopy(model)
+        resumed = SOAP(other.parameters(), lr=1e-2)
+        resumed.load_state_dict(optimizer.state_dict())
+        assert train(optimizer, model, 3, start=3) == train(resumed, other, 3, start=3)
+        assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {dtype}
+    assert all(state["exp_avg"].dtype == torch.float32 for state in saved["state"].values())
+
+
+def test_loading_and_clearing_free_the_old_state() -> None:
+    model = new_model()
+    optimizer = SOAP(model.parameters(), lr=1e-2)
+    train(optimizer, model, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    old = weakref.ref(optimizer._buckets[0][0])
+    optimizer.load_state_dict(saved)
+    gc.collect()
+    assert old() is None
+
+
+def test_the_old_buckets_are_freed_one_by_one_as_new_ones_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = [nn.Parameter(torch.ones(4 + i, 3)) for i in range(4) for _ in range(2)]
+    groups = [{"params": parameters[2 * i : 2 * i + 2]} for i in range(4)]
+    optimizer = SOAP(groups, lr=0.1)
+    for p in parameters[::2]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    old = [weakref.ref(group[0]) for group in optimizer._buckets]
+    alive: list[int] = []
+    real = buckets.Bucket.__init__
+
+    def watch(self: buckets.Bucket, *arguments: object) -> None:
+        alive.append(sum(reference() is not None for reference in old))
+        real(self, *arguments)
+
+    monkeypatch.setattr(buckets.Bucket, "__init__", watch)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert alive == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("change", [{"max_precond_dim": 3}, {"merge_dims": True}, "shape"])
+def test_what_no_longer_fits_is_refused_also_without_a_gradient(change: object) -> None:
+    waiting, moving = nn.Parameter(torch.ones(2, 3, 4)), nn.Parameter(torch.ones(3))
+    optimizer = SOAP([{"params": [waiting]}, {"params": [moving]}], lr=0.1)
+    for p in (waiting, moving):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    waiting.grad, before = None, moving.detach().clone()
+    if change == "shape":
+        waiting.data = torch.ones(2, 3, 5)
+    else:
+        optimizer.param_groups[0].update(change)
+    with pytest.raises(RuntimeError, match="parameter 0 of its group.* cannot change after the first step"):
+        optimizer.step()
+    assert torch.equal(moving, before)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_somebody_elses_entry_is_no_state(gradient: bool) -> None:
+    parameters = [nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))]
+    optimizer = SOAP(parameters, lr=0.1)
+    optimizer.state[parameters[0]]["ema"] = torch.zeros(3, 4)
+    for p in parameters[: 2 if gradient else None]:
+        p.grad = torch.ones_like(p)
+    if not gradient:
+        parameters[0].grad = None
+    optimizer.step()
+    assert ("step" in optimizer.state[parameters[0]]) == gradient
+    assert torch.equal(optimizer.state[parameters[0]]["ema"], torch.zeros(3, 4))
+
+
+def test_a_replaced_tensor_of_another_shape_is_refused() -> None:
+    parameter = nn.Parameter(torch.ones(3, 4))
+    optimizer = SOAP([parameter], lr=0.1)
+    parameter.grad = torch.ones(3, 4)
+    optimizer.step()
+    optimizer.state[parameter]["Q_0"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match=r"state\['Q_0'\] must have shape \(3, 3\), got \(1,\)"):
+        optimizer.step()

@@ -111,3 +111,13 @@ def test_neighbours_that_are_due_together_are_refreshed_together(monkeypatch: py
     monkeypatch.setattr(algorithm_module, "refresh_eigenbasis_and_moments", counting)
     stepped(2, precondition_frequency=1)
     assert sizes == [3, 1, 1, 1] * 2
+
+
+def test_a_period_longer_than_any_run_is_no_trouble() -> None:
+    seen: dict = {}
+    stepped(20, seen, precondition_frequency=10**30)
+    assert {steps[0] for steps in seen.values()} == {0}
+    assert sorted(step for steps in seen.values() for step in steps[1:]) == list(range(1, 13))
+    layouts = tuple(Layout((d, d), (0, 1)) for d in range(2, 9))
+    places = [place for axes in refresh_offsets(layouts, 10**30) for place in axes]
+    assert sorted(places) == list(range(14))
