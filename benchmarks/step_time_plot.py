@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 ROOT = Path(__file__).parent.parent
 COLOURS = {
@@ -38,8 +38,9 @@ def steps(axes: Any, result: dict[str, Any]) -> None:
             times = [time for times in line["steps_ms"] for time in times]
             axes.plot(range(1, len(times) + 1), times, label=name, color=COLOURS[name], linewidth=1.2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title(f"{result['set']}, frequency {result['frequency']}", fontsize=10)
     axes.set_xlabel("step")
     axes.set_ylabel("ms")

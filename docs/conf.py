@@ -15,4 +15,6 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # autodoc lists the fields of a NamedTuple itself
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["wrap.css"]
 html_title = f"{project} {release}"
