@@ -109,32 +109,3 @@ def test_a_step_leaves_torchs_settings_alone(configuration: Configuration, setti
     finally:
         torch.backends.fp32_precision = before[1]
     assert torch.backends.mkldnn.matmul.fp32_precision == before[0]
-
-
-@every_configuration()
-def test_grad_mode_of_other_threads_is_theirs(configuration: Configuration) -> None:
-    """A step in one thread does not switch off gradients in another."""
-    (p,) = new_parameters([(4, 3)])
-    optimizer = configuration.optimizer([p])
-    inside, done = threading.Event(), threading.Event()
-    modes: list[bool] = []
-
-    def watch() -> None:
-        inside.wait(60)
-        modes.append(torch.is_grad_enabled())
-        done.set()
-
-    def closure() -> float:
-        p.grad = torch.ones(4, 3)
-        return 1.0
-
-    def pause(*_: object) -> None:
-        inside.set()
-        done.wait(60)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    optimizer.register_step_post_hook(pause)
-    optimizer.step(closure)
-    watcher.join()
-    assert modes == [True]
