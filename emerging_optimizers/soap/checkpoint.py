@@ -31,8 +31,8 @@ COUNTERS = (*HOST_KEYS, *LATER_KEYS)
 LARGEST_COUNT = 2**53  # float64 counts no further
 
 
-def without_callables(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state dict with every callable refresh frequency replaced by :data:`NOT_SAVED`."""
+def with_plain_options(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict with options that load anywhere: plain numbers and texts, :data:`NOT_SAVED` for a callable."""
     groups = []
     for group in state_dict["param_groups"]:
         group = {name: _plain(value) for name, value in group.items()}
@@ -44,7 +44,7 @@ def without_callables(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """A number or text of a subclass (``numpy.float64``, a ``StrEnum``) as the base class: others do not load."""
-    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+    if type(value) in (list, tuple):
         return type(value)(_plain(item) for item in value)
     for base in (float, int, str):
         if isinstance(value, base) and type(value) not in (base, bool):

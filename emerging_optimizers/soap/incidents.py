@@ -56,12 +56,11 @@ def report(kind: str, message: str, *arguments: object, times: int = 1) -> None:
 def report_skipped_gradient(name: str, grad: Tensor) -> None:
     """Reports that the tensor called ``name`` was not stepped because of this gradient. Waits for its device."""
     if bool(grad.isnan().any()):
-        kind = "gradient with NaN"
+        kind, reason = "gradient with NaN", "has NaN"
     elif bool(grad.isinf().any()):
-        kind = "gradient with Inf"
+        kind, reason = "gradient with Inf", "has Inf"
     else:
-        kind = "gradient overflows"
-    reason = {"gradient overflows": "overflows when squared"}.get(kind, f"has {kind.removeprefix('gradient with ')}")
+        kind, reason = "gradient overflows", "overflows when squared"
     report(kind, "The gradient of %s %s. The tensor was left as it is; state['skipped_steps'] counts.", name, reason)
 
 

@@ -14,7 +14,7 @@ from emerging_optimizers.mixin import WeightDecayMixin
 from emerging_optimizers.precision import fp32_matmul_precision
 from emerging_optimizers.soap.algorithm import is_usable, step_run
 from emerging_optimizers.soap.buckets import Bucket, form_buckets
-from emerging_optimizers.soap.checkpoint import load_exactly, without_callables
+from emerging_optimizers.soap.checkpoint import load_exactly, with_plain_options
 from emerging_optimizers.soap.functional import (
     init_kronecker_factors,
     precondition,
@@ -203,7 +203,7 @@ class SOAP(WeightDecayMixin, Optimizer):
 
         A ``precondition_frequency`` that is a callable is not part of it.
         """
-        return without_callables(super().state_dict())
+        return with_plain_options(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a copy of a state, each tensor in the dtype that it has here, whatever the parameter's.

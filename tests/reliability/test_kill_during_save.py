@@ -32,24 +32,6 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "P
 KILLS = 100
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, holding the user's module `tiny_tasks`."""
-    (tmp_path / "tiny_tasks.py").write_text(TINY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "tiny_tasks", raising=False)
-    return tmp_path
-
-
 def play(race: Race, steps: int) -> Race:
     for _ in race.play():
         if sum(run.step for run in race.runs) == steps:
