@@ -6,7 +6,8 @@ The functions read a parameter group's options and hand plain numbers to the ker
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,43 +22,62 @@ from emerging_optimizers.soap.refresh import along_stack, refresh_eigenbasis_and
 from emerging_optimizers.soap.timing import Timetable
 
 
-def step_run(run: Run, group: dict[str, Any], timetable: Timetable, skipped: list[Tensor]) -> None:
-    """One step of neighbours in a bucket, except of those whose gradient cannot be used.
+class Update(NamedTuple):
+    """What a step subtracts from weights, but for the learning rate.
+
+    Attributes:
+        run: Whose.
+        direction: Joined; zero where ``mask`` is false.
+        finite: (B,), false for those that are to stay as they are; None: for none of them.
+    """
+
+    run: Run
+    direction: Tensor
+    finite: Tensor | None
+
+
+def updates_of(run: Run, group: dict[str, Any], timetable: Timetable, skipped: list[Tensor]) -> Iterator[Update]:
+    """One step of neighbours in a bucket, except of those whose gradient cannot be used, up to the weights.
 
     Args:
         run: The neighbours.
         group: Their parameter group.
         timetable: Which bases are refreshed.
         skipped: Where only the device knows, gets whether each gradient was skipped, (B,).
+
+    Yields:
+        Updates for the caller to apply; none for a gradient that was seen to be unusable.
     """
     run.counters("step").add_(1)
-    grad = run.join([parameter.grad for parameter in run.parameters])  # type: ignore[misc]
+    grad = run.join(run.grads)
     if group["maximize"]:
         grad = -grad
-    if group["weight_decay_method"] == "l2":
-        grad = WeightDecayMixin.regularized_grad(grad, run.join(run.parameters), group)
+    if group["weight_decay_method"] == "l2" and not run.bucket.gathered:
+        grad = WeightDecayMixin.regularized_grad(grad, run.join(run.tensors), group)
     if group["nonfinite"] != "skip":
-        _update(run, grad, group, timetable)
+        yield _update(run, grad, group, timetable)
         return
     finite = is_usable(run.norms(grad))
     if state.masks_on(grad.device):
         run.counters("skipped_steps").add_(~finite)
         skipped.append(~finite)
-        _update(run, torch.where(run.spread(finite), grad, 0.0), group, timetable, finite)
+        yield _update(run, torch.where(run.spread(finite), grad, 0.0), group, timetable, finite)
         return
     usable = finite.tolist()
     for start, stop in stretches(usable):
         part, part_grad = run.part(start, stop), run.part_of(grad, start, stop)
         if usable[start]:
-            _update(part, part_grad, group, timetable)
+            yield _update(part, part_grad, group, timetable)
         else:
             part.counters("skipped_steps").add_(1)
             for index, one in zip(part.indices, part.split(part_grad), strict=True):
                 report_skipped_gradient(name_of(group, index), one)
 
 
-def _update(run: Run, grad: Tensor, group: dict[str, Any], timetable: Timetable, finite: Tensor | None = None) -> None:
-    """Steps 2 to 9 of the algorithm for neighbours in a bucket.
+def _update(
+    run: Run, grad: Tensor, group: dict[str, Any], timetable: Timetable, finite: Tensor | None = None
+) -> Update:
+    """Steps 2 to 8 of the algorithm for neighbours in a bucket.
 
     Args:
         run: The neighbours.
@@ -66,14 +86,13 @@ def _update(run: Run, grad: Tensor, group: dict[str, Any], timetable: Timetable,
         timetable: Which bases are refreshed.
         finite: (B,), false for those that are to stay as they are.
     """
-    mask = None if finite is None else run.spread(finite)
     bases: list[Tensor | None] | None = None
     if run.layout is not None:
         _update_factors(run, grad, group, finite)
         if _refresh_if_due(run, group, timetable, finite):
             bases = run.matrices("Q")
             grad = kronecker.project(grad, bases)
-    update = adam_direction(
+    direction = adam_direction(
         grad,
         run.moment("exp_avg"),
         run.moment("exp_avg_sq"),
@@ -82,25 +101,42 @@ def _update(run: Run, grad: Tensor, group: dict[str, Any], timetable: Timetable,
         eps=group["eps"],
         correct_bias=group["correct_bias"],
         use_nesterov=group["use_nesterov"],
-        finite=mask,
+        finite=None if finite is None else run.spread(finite),
     )
     if bases is not None:
-        update = kronecker.project_back(update, bases)
+        direction = kronecker.project_back(direction, bases)
     if group["max_update_rms"] > 0:
-        update = update * run.spread(rms_scale(run.norms(update), run.sizes(), group["max_update_rms"]))
-    _apply(run, update, group, mask)
+        direction = direction * run.spread(rms_scale(run.norms(direction), run.sizes(), group["max_update_rms"]))
+    return Update(run, direction, finite)
 
 
-def _apply(run: Run, update: Tensor, group: dict[str, Any], mask: Tensor | None) -> None:
+def apply(update: Update, group: dict[str, Any]) -> None:
     """Steps 5 and 9: decays the weights and subtracts the update. 16-bit weights are rounded once."""
-    update = update.mul_(scalar_lr(group["lr"], update))
-    if mask is None and all(parameter.dtype == update.dtype for parameter in run.parameters):
-        WeightDecayMixin.decay_weights_(run.parameters, group)
-        torch._foreach_sub_(run.parameters, run.split(update))
+    run, direction, finite = update
+    direction = direction.mul_(scalar_lr(group["lr"], direction))
+    if finite is None and all(tensor.dtype == direction.dtype for tensor in run.tensors):
+        WeightDecayMixin.decay_weights_(run.tensors, group)
+        torch._foreach_sub_(run.tensors, run.split(direction))
     else:
-        weights = run.join(run.parameters).clone()
-        WeightDecayMixin.decay_weight_(weights, group, mask)
-        torch._foreach_copy_(run.parameters, run.split(weights.sub_(update)))
+        weights = run.join(run.tensors).clone()
+        WeightDecayMixin.decay_weight_(weights, group, None if finite is None else run.spread(finite))
+        torch._foreach_copy_(run.tensors, run.split(weights.sub_(direction)))
+
+
+def apply_to_piece(weight: Tensor, direction: Tensor, moves: Tensor, group: dict[str, Any]) -> None:
+    """:func:`apply` to a piece of a weight whose update was computed elsewhere.
+
+    Args:
+        weight: The piece.
+        direction: Its part of the update, in the working dtype; zero where the weight is to stay as it is.
+        moves: 1, or 0 where the weight is to stay as it is; 0-D.
+        group: The parameter group.
+    """
+    working = weight.to(direction.dtype)
+    WeightDecayMixin.decay_weight_(working, group, moves)
+    working.sub_(direction.mul_(scalar_lr(group["lr"], direction)))
+    if working is not weight:
+        weight.copy_(working)
 
 
 def _update_factors(run: Run, grad: Tensor, group: dict[str, Any], finite: Tensor | None) -> None:

@@ -11,15 +11,17 @@ have state. A run that is resumed from a checkpoint therefore forms the same buc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from emerging_optimizers.soap.layout import Layout, layout_for
+from emerging_optimizers.soap.placement import Grid, Place, local_tensor
 from emerging_optimizers.soap.state import HOST_KEYS, init_state, working_dtype
 
 #: A bucket of several parameters has at most this many elements per stack, which bounds the extra memory of a step.
@@ -28,33 +30,55 @@ CHUNK_ELEMENTS = 2**22
 NO_AXIS = Layout((), ())
 
 
+class Kind(NamedTuple):
+    """What the members of a bucket have in common.
+
+    Attributes:
+        layout: Their layout; None for members of any shape without a preconditioned axis ("flat").
+        dtype: The dtype of arithmetic and state.
+        device: Where they are.
+        grid: The processes that hold them, if it is several.
+        pieces: Whether a process holds but pieces of them: the whole gradients of a layout's members are then brought
+            to their owner, and the members of a flat bucket are these pieces.
+    """
+
+    layout: Layout | None
+    dtype: torch.dtype
+    device: torch.device
+    grid: Grid | None
+    pieces: bool
+
+
 class Bucket:
     """Parameters with one layout, or without a preconditioned axis, and their state in stacks.
 
     Args:
-        layout: The members' layout; None for members of any shape without a preconditioned axis ("flat").
+        kind: What they have in common.
         members: Index in the group, and parameter.
         states: Their states in the optimizer, empty for a parameter that has none yet; what is there is copied.
 
     Attributes:
+        tensors: What this process has of each: the parameter itself, or a DTensor's local tensor. For members whose
+            gradients are brought here the DTensor, which is only asked for its shape.
         stacks: Per key of the state the storage: (B,) for counters, (B, d_1, .., d_N) for moments, (B, d, d) for
             factors and bases; the moments of a flat bucket are one vector.
     """
 
-    def __init__(
-        self, layout: Layout | None, members: Sequence[tuple[int, Tensor]], states: Sequence[dict[str, Any]]
-    ) -> None:
-        self.layout = layout
+    def __init__(self, kind: Kind, members: Sequence[tuple[int, Tensor]], states: Sequence[dict[str, Any]]) -> None:
+        self.kind = kind
+        self.layout = layout = kind.layout
+        self.dtype, self.device = kind.dtype, kind.device
+        self.gathered = kind.pieces and layout is not None
         self.indices = [index for index, _ in members]
         self.parameters = [parameter for _, parameter in members]
-        self.dtype = working_dtype(*self.parameters)
-        self.device = self.parameters[0].device
-        self.offsets = [0, *accumulate(p.numel() for p in self.parameters)]
+        self.look_up_tensors()
+        self.offsets = [0, *accumulate(tensor.numel() for tensor in self.tensors)]
+        self.local_sizes = torch.tensor([tensor.numel() for tensor in self.tensors], device=self.device)
         self.sizes = torch.tensor([p.numel() for p in self.parameters], device=self.device)
         self.stacks: dict[str, Tensor] = {}
         self._views: list[dict[str, Tensor]] = [{} for _ in members]
         one: dict[str, Tensor] = {}
-        init_state(one, self.parameters[0], layout or NO_AXIS)
+        init_state(one, self.tensors[0], layout or NO_AXIS)
         for key, fresh in one.items():
             elementwise = layout is None and key not in (*HOST_KEYS, "skipped_steps")
             if elementwise:
@@ -62,9 +86,9 @@ class Bucket:
             else:
                 stack = fresh.expand(len(members), *fresh.shape).clone(memory_format=torch.contiguous_format)
             self.stacks[key] = stack
-            for b, parameter in enumerate(self.parameters):
+            for b, tensor in enumerate(self.tensors):
                 view = stack[self.offsets[b] : self.offsets[b + 1]] if elementwise else stack[b]
-                self._views[b][key] = view.view(parameter.shape) if key.startswith("exp_avg") else view
+                self._views[b][key] = view.view(tensor.shape) if key.startswith("exp_avg") else view
         for state, views in zip(states, self._views, strict=True):
             for key, view in views.items():
                 if key in state and tuple(state[key].shape) != tuple(view.shape):
@@ -81,6 +105,10 @@ class Bucket:
             for key in ("exp_avg", "exp_avg_sq"):
                 self.stacks[key] = self.stacks[key].view(len(members), *layout.shape)
 
+    def look_up_tensors(self) -> None:
+        """Asks the parameters anew for what this process has of them: an engine may have put it elsewhere."""
+        self.tensors = self.parameters if self.gathered else [local_tensor(p) for p in self.parameters]
+
     def holds(self, states: Sequence[dict[str, Any]]) -> bool:
         """Whether the members' states are still the views that this bucket made, and nobody else's tensors."""
         return all(
@@ -89,18 +117,22 @@ class Bucket:
             for (key, view), pointer in zip(views.items(), pointers, strict=True)
         )
 
-    def runs(self) -> Iterator[Run]:
-        """The members that have a gradient, cut where two neighbours differ in their clock."""
+    def runs(self, grads: Sequence[Tensor | None]) -> Iterator[Run]:
+        """The members that have a gradient, cut where two neighbours differ in their clock.
+
+        Args:
+            grads: The members' gradients, shaped like :attr:`tensors`.
+        """
         steps = self.stacks["step"].tolist()
         refresh_steps = self.stacks["refresh_step"].tolist() if self.layout else [0.0] * len(steps)
         clocks = [
-            None if parameter.grad is None else (int(step), refresh_step > 0)
-            for parameter, step, refresh_step in zip(self.parameters, steps, refresh_steps, strict=True)
+            None if grad is None else (int(step), refresh_step > 0)
+            for grad, step, refresh_step in zip(grads, steps, refresh_steps, strict=True)
         ]
         for start, stop in stretches(clocks):
             clock = clocks[start]
             if clock is not None:
-                yield Run(self, start, stop, *clock)
+                yield Run(self, start, stop, *clock, grads[start:stop])
 
 
 class Run:
@@ -112,17 +144,23 @@ class Run:
         stop: One past the last.
         step: The steps that they have done.
         based: Whether they have an eigenbasis.
+        grads: Their gradients.
     """
 
-    def __init__(self, bucket: Bucket, start: int, stop: int, step: int, based: bool) -> None:
+    def __init__(
+        self, bucket: Bucket, start: int, stop: int, step: int, based: bool, grads: Sequence[Tensor | None]
+    ) -> None:
         self.bucket, self.start, self.stop, self.step, self.based = bucket, start, stop, step, based
+        self.grads = [grad for grad in grads if grad is not None]
         self.layout = bucket.layout
         self.parameters = bucket.parameters[start:stop]
+        self.tensors = bucket.tensors[start:stop]
         self.indices = bucket.indices[start:stop]
 
     def part(self, start: int, stop: int) -> Run:
         """Some of them, counted from this run's first."""
-        return Run(self.bucket, self.start + start, self.start + stop, self.step, self.based)
+        grads = self.grads[start:stop]
+        return Run(self.bucket, self.start + start, self.start + stop, self.step, self.based, grads)
 
     def part_of(self, joined: Tensor, start: int, stop: int) -> Tensor:
         """What :meth:`join` would have made of :meth:`part`, as a view of what it made of all."""
@@ -162,19 +200,25 @@ class Run:
 
     def split(self, joined: Tensor) -> list[Tensor]:
         """The inverse of :meth:`join`, as views."""
-        sizes = [p.numel() for p in self.parameters]
+        sizes = [tensor.numel() for tensor in self.tensors]
         parts = joined.unbind() if self.layout is not None else torch.split(joined, sizes)
-        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+        return [part.view(tensor.shape) for part, tensor in zip(parts, self.tensors, strict=True)]
 
     def norms(self, joined: Tensor) -> Tensor:
-        """The Euclidean norm of each one's part of what :meth:`join` made, (B,)."""
+        """The Euclidean norm of each one's part of what :meth:`join` made, (B,); of a piece that of the whole."""
         if self.layout is not None:
             norms: Tensor = torch.linalg.vector_norm(joined.flatten(1), dim=1)
             return norms
-        return torch.stack(torch._foreach_norm(self.split(joined)))
+        norms = torch.stack(torch._foreach_norm(self.split(joined)))
+        grid = self.bucket.kind.grid
+        if grid is None or grid.row_group is None:
+            return norms
+        squares = norms.double().square()
+        dist.all_reduce(squares, group=grid.row_group)
+        return squares.sqrt().to(norms.dtype)
 
     def sizes(self) -> Tensor:
-        """The number of elements of each, (B,)."""
+        """The number of elements of each, (B,); of a piece that of the whole."""
         return self.bucket.sizes[self.start : self.stop]
 
     def spread(self, values: Tensor) -> Tensor:
@@ -182,7 +226,7 @@ class Run:
         if self.layout is not None:
             return values.view(-1, *[1] * len(self.layout.shape))
         size = self.bucket.offsets[self.stop] - self.bucket.offsets[self.start]
-        return values.repeat_interleave(self.sizes(), output_size=size)
+        return values.repeat_interleave(self.bucket.local_sizes[self.start : self.stop], output_size=size)
 
 
 def stretches(values: Sequence[Any]) -> Iterator[tuple[int, int]]:
@@ -199,24 +243,48 @@ def stretches(values: Sequence[Any]) -> Iterator[tuple[int, int]]:
             start = stop
 
 
-def form_buckets(group: dict[str, Any], states: dict[Tensor, dict[str, Any]], former: list[Bucket]) -> list[Bucket]:
-    """The buckets of a group: of every parameter that has a gradient now or has had one.
+def chunks_of(
+    group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]], places: Mapping[Tensor, Place]
+) -> Iterator[tuple[Kind, int | None, list[tuple[int, Tensor]]]]:
+    """What becomes a bucket, on this process or on another: kind, owner and members (index in the group, parameter).
+
+    The owner is None where each process does what it holds.
 
     Args:
-        group: The parameter group.
-        states: The optimizer's state; gets an entry for each parameter that has a gradient and none yet.
-        former: The buckets so far; those that still stand are used again, so that their state stays where it is. Is
-            emptied, so that a bucket that does not stand is freed as its members move out.
+        group: The parameter group. Its parameters count that have a gradient now or have had one.
+        states: The optimizer's state.
+        places: The place of every parameter that several processes hold.
     """
-    kinds: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
+    found: dict[tuple[Kind, int | None], list[tuple[int, Tensor]]] = {}
     for index, parameter in enumerate(group["params"]):
         if parameter.grad is not None or "step" in states.get(parameter, ()):
             layout = layout_for(parameter, group)
-            kind = (layout if layout.axes else None, working_dtype(parameter), parameter.device)
-            kinds.setdefault(kind, []).append((index, parameter))
-    chunks = [(kind, chunk) for kind, members in kinds.items() for chunk in _chunks(kind[0], members)]
-    standing = {(bucket.layout, bucket.dtype, bucket.device, *map(id, bucket.parameters)): bucket for bucket in former}
-    found = [standing.pop((*kind, *(id(parameter) for _, parameter in chunk)), None) for kind, chunk in chunks]
+            grid, owner = places.get(parameter, (None, None))
+            pieces = grid is not None and grid.columns > 1
+            kind = Kind(layout if layout.axes else None, working_dtype(parameter), parameter.device, grid, pieces)
+            found.setdefault((kind, owner), []).append((index, parameter))
+    for (kind, owner), members in found.items():
+        for chunk in _chunks(kind.layout, members):
+            yield kind, owner, chunk
+
+
+def form_buckets(
+    group: dict[str, Any],
+    chunks: Sequence[tuple[Kind, list[tuple[int, Tensor]]]],
+    states: dict[Tensor, dict[str, Any]],
+    former: list[Bucket],
+) -> list[Bucket]:
+    """The buckets of a group on this process.
+
+    Args:
+        group: The parameter group.
+        chunks: Kind and members of each.
+        states: The optimizer's state; gets an entry for each member that has none yet.
+        former: The buckets so far; those that still stand are used again, so that their state stays where it is. Is
+            emptied, so that a bucket that does not stand is freed as its members move out.
+    """
+    standing = {(bucket.kind, *map(id, bucket.parameters)): bucket for bucket in former}
+    found = [standing.pop((kind, *(id(parameter) for _, parameter in chunk)), None) for kind, chunk in chunks]
     standing.clear()
     former.clear()
     for place, (kind, chunk) in enumerate(chunks):
@@ -224,7 +292,8 @@ def form_buckets(group: dict[str, Any], states: dict[Tensor, dict[str, Any]], fo
         bucket = found[place]
         if bucket is None or not bucket.holds(chunk_states):
             bucket = found[place] = None
-            bucket = found[place] = Bucket(kind[0], chunk, chunk_states)
+            bucket = found[place] = Bucket(kind, chunk, chunk_states)
+        bucket.look_up_tensors()
         bucket.indices = [index for index, _ in chunk]
     return [bucket for bucket in found if bucket is not None]
 

@@ -7,7 +7,7 @@ whatever the callable is; :data:`NOT_SAVED` stands in its place.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch.optim import Optimizer
 
 from emerging_optimizers.soap.layout import layout_for
 from emerging_optimizers.soap.options import name_of, validate_options
+from emerging_optimizers.soap.ownership import place_parameters
+from emerging_optimizers.soap.placement import Grids, Place
+from emerging_optimizers.soap.shared_state import held_part
 from emerging_optimizers.soap.state import HOST_KEYS, init_state, working_dtype
 
 logger = logging.getLogger(__name__)
@@ -52,7 +55,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def load_exactly(optimizer: Optimizer, load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]) -> None:
+def load_exactly(
+    optimizer: Optimizer, load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any], grids: Grids
+) -> dict[Tensor, Place]:
     """Runs ``load(state_dict)``, torch's own loading, between a check of everything and a restoration of dtypes.
 
     ``Optimizer.load_state_dict`` casts every floating-point state tensor to its parameter's dtype, which would turn
@@ -63,6 +68,10 @@ def load_exactly(optimizer: Optimizer, load: Callable[[dict[str, Any]], None], s
         optimizer: The optimizer that is loaded.
         load: Its inherited ``load_state_dict``.
         state_dict: As returned by ``state_dict()``.
+        grids: The processes that hold the parameters. Each keeps what it works on of what is loaded.
+
+    Returns:
+        The place of every parameter that several processes hold, by the loaded options.
 
     Raises:
         TypeError: Something in it has the wrong type.
@@ -72,12 +81,15 @@ def load_exactly(optimizer: Optimizer, load: Callable[[dict[str, Any]], None], s
     if not isinstance(given, dict) or not {"state", "param_groups"} <= set(given):
         raise ValueError("state_dict must be a dict with the keys 'state' and 'param_groups'")
     loaded: dict[Tensor, dict[str, Tensor]] = {}
+    places: dict[Tensor, Place] = {}
     frequencies = [group["precondition_frequency"] for group in optimizer.param_groups]
 
     def check(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
         _check_structure(final)
         final = {**final, "param_groups": _groups_to_load(optimizer, final["param_groups"])}
-        loaded.update(_states_to_load(optimizer, final))
+        live = zip(final["param_groups"], optimizer.param_groups, strict=True)
+        places.update(place_parameters([{**options, "params": g["params"]} for options, g in live], grids, {}))
+        loaded.update(_states_to_load(optimizer, final, places))
         return final
 
     def restore(_: Optimizer) -> None:
@@ -96,6 +108,7 @@ def load_exactly(optimizer: Optimizer, load: Callable[[dict[str, Any]], None], s
     finally:
         for handle in handles:
             handle.remove()
+    return places
 
 
 def _check_structure(final: dict[str, Any]) -> None:
@@ -165,21 +178,25 @@ def _groups_to_load(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) ->
     return groups
 
 
-def _states_to_load(optimizer: Optimizer, final: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+def _states_to_load(
+    optimizer: Optimizer, final: dict[str, Any], places: Mapping[Tensor, Place]
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Parameter and new state for each state that was saved: copies, with the dtype and device that they must have."""
     saved_ids = chain.from_iterable(group["params"] for group in final["param_groups"])
-    places = (
+    members = (
         (parameter, options, name_of(live, index))
         for live, options in zip(optimizer.param_groups, final["param_groups"], strict=True)
         for index, parameter in enumerate(live["params"])
     )
-    for saved_id, (parameter, options, name) in zip(saved_ids, places, strict=True):
+    for saved_id, (parameter, options, name) in zip(saved_ids, members, strict=True):
         saved = final["state"].get(saved_id)
         if saved:
-            yield parameter, _state_to_load(parameter, options, saved, name)
+            yield parameter, _state_to_load(parameter, options, saved, name, places.get(parameter))
 
 
-def _state_to_load(parameter: Tensor, options: dict[str, Any], saved: dict[str, Any], name: str) -> dict[str, Tensor]:
+def _state_to_load(
+    parameter: Tensor, options: dict[str, Any], saved: dict[str, Any], name: str, place: Place | None
+) -> dict[str, Tensor]:
     layout = layout_for(parameter, options)
     wanted: dict[str, Any] = {}
     init_state(wanted, torch.empty(parameter.shape, dtype=working_dtype(parameter), device="meta"), layout)
@@ -191,12 +208,12 @@ def _state_to_load(parameter: Tensor, options: dict[str, Any], saved: dict[str, 
             f"{'unknown' if unknown else 'missing'} {(unknown or missing)[0]!r}"
         )
     state: dict[str, Tensor] = {}
+    counts: dict[str, float] = {}
     for key, template in wanted.items():
         device = torch.device("cpu") if key in HOST_KEYS else parameter.device
         value = saved.get(key)
         if value is None and key in LATER_KEYS:
-            state[key] = torch.zeros(template.shape, dtype=template.dtype, device=device)
-            continue
+            value = torch.zeros(template.shape, dtype=template.dtype, device=device)
         if key in HOST_KEYS and isinstance(value, int | float) and not isinstance(value, bool):
             value = torch.tensor(float(min(value, 2 * LARGEST_COUNT)), dtype=torch.float64)  # no float holds 10**400
         if not isinstance(value, Tensor):
@@ -211,13 +228,14 @@ def _state_to_load(parameter: Tensor, options: dict[str, Any], saved: dict[str, 
                 f"{value.dtype} on {value.device}"
             )
         if key in COUNTERS:
-            number = value.item()
+            number = counts[key] = value.item()
             if not (0 <= number <= LARGEST_COUNT and number % 1 == 0):
                 raise ValueError(f"the loaded state {key!r} of {name} must be an integer >= 0, got {number}")
-        state[key] = value.detach().to(device, template.dtype, copy=True, memory_format=torch.contiguous_format)
-    if "refresh_step" in state and state["refresh_step"] > state["step"]:
+        part = held_part(value.detach(), key, parameter, place)
+        state[key] = part.to(device, template.dtype, copy=True, memory_format=torch.contiguous_format)
+    if "refresh_step" in counts and counts["refresh_step"] > counts["step"]:
         raise ValueError(
-            f"the loaded state 'refresh_step' of {name} must not be after 'step' ({state['step'].item():g}), got "
-            f"{state['refresh_step'].item():g}"
+            f"the loaded state 'refresh_step' of {name} must not be after 'step' ({counts['step']:g}), got "
+            f"{counts['refresh_step']:g}"
         )
     return state

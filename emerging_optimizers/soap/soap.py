@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from emerging_optimizers.mixin import WeightDecayMixin
-from emerging_optimizers.precision import fp32_matmul_precision
-from emerging_optimizers.soap.algorithm import is_usable, step_run
-from emerging_optimizers.soap.buckets import Bucket, form_buckets
+from emerging_optimizers.soap.agreement import check_gradients_agree, check_parameters, first_unusable_gradient
 from emerging_optimizers.soap.checkpoint import load_exactly, with_plain_options
 from emerging_optimizers.soap.functional import (
     init_kronecker_factors,
@@ -22,11 +21,16 @@ from emerging_optimizers.soap.functional import (
     update_kronecker_factors,
     update_kronecker_factors_kl_shampoo,
 )
-from emerging_optimizers.soap.incidents import count_skips
 from emerging_optimizers.soap.layout import layout_for
 from emerging_optimizers.soap.options import name_of, validate_options
-from emerging_optimizers.soap.state import fits, working_dtype
-from emerging_optimizers.soap.timing import Timetable
+from emerging_optimizers.soap.ownership import place_parameters
+from emerging_optimizers.soap.placement import Grids, Place, local_tensor, warn_if_flattened
+from emerging_optimizers.soap.rounds import Plan
+from emerging_optimizers.soap.shared_state import share_states
+from emerging_optimizers.soap.state import fits, is_elsewhere
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
     "SOAP",
@@ -95,6 +99,11 @@ class SOAP(WeightDecayMixin, Optimizer):
         stagger_updates: Spread the refreshes over the period, so that all steps take about as long. Every axis of every
             tensor is still refreshed each ``precondition_frequency`` steps; in which of them follows from the
             parameter list. Without it all are refreshed in the same step.
+        process_group: The processes that hold every plain tensor among the parameters, with the same gradients, as DDP
+            leaves them: a process group or a mesh of one dimension. Each matrix is then worked on, and its state kept,
+            by one of them, which sends the others its new weights. DTensors (FSDP2, HSDP, tensor parallelism) bring
+            their mesh along and need no argument. Not an option of a group, and not saved. With several processes the
+            constructor, ``step``, ``state_dict`` and ``load_state_dict`` must be called by all.
 
     State, per parameter: ``step``, the steps done, 0-D float64 on the CPU; ``exp_avg`` and ``exp_avg_sq``, shaped like
     the parameter and held in the eigenbasis once there is one; ``skipped_steps``, 0-D int64. Preconditioned tensors
@@ -102,11 +111,13 @@ class SOAP(WeightDecayMixin, Optimizer):
     ``failed_refreshes``, 0-D int64, those in which a decomposition failed for good and the last good basis stayed; and
     for each preconditioned axis k of the working shape ``GG_k`` and ``Q_k``, (d_k, d_k). They are views into stacks
     that parameters share: clone them before saving the state of a single one. What was skipped or failed is logged once
-    per kind and counted for the process in ``emerging_optimizers.soap.incidents``.
+    per kind and counted for the process in ``emerging_optimizers.soap.incidents``. Where another process works on a
+    parameter, all but ``step`` are empty tensors here; ``state_dict`` has them whole.
 
     Raises:
         TypeError: An option has the wrong type.
         ValueError: An option has an impossible value.
+        RuntimeError: Processes that hold the same parameters have different lists of them.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
@@ -122,8 +133,12 @@ class SOAP(WeightDecayMixin, Optimizer):
 
     #: Whether this instance is inside ``step``, whose hooks have then been run.
     _stepping = False
-    #: Per parameter group. Nothing but a cache: they are formed from the state.
-    _buckets: list[list[Bucket]] = []
+    #: The last step's. Nothing but a cache: it is made from the state.
+    _plan: Plan | None = None
+    #: Of the parameters that several processes hold.
+    _places: Mapping[Tensor, Place] = {}
+    #: Which of them had a gradient when the processes last compared.
+    _grad_pattern = ""
 
     def __init__(
         self,
@@ -155,6 +170,7 @@ class SOAP(WeightDecayMixin, Optimizer):
         second_moment_refresh: str = "rank",
         nonfinite: str = "skip",
         stagger_updates: bool = False,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -185,7 +201,9 @@ class SOAP(WeightDecayMixin, Optimizer):
             "stagger_updates": stagger_updates,
         }
         validate_options(defaults)
+        self._grids = Grids(process_group)
         super().__init__(params, defaults)
+        check_parameters(self.param_groups, self._grids)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, with this optimizer's defaults for the options that it does not set.
@@ -197,13 +215,25 @@ class SOAP(WeightDecayMixin, Optimizer):
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
             validate_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        for index, parameter in enumerate(self.param_groups[-1]["params"]):
+            warn_if_flattened(parameter, name_of(self.param_groups[-1], index))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_grids": self._grids}
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the options, for ``torch.save`` and ``torch.load(weights_only=True)``.
 
-        A ``precondition_frequency`` that is a callable is not part of it.
+        A ``precondition_frequency`` that is a callable is not part of it. Where several processes hold a parameter,
+        the tensors are DTensors, and every process must call this.
         """
-        return with_plain_options(super().state_dict())
+        state_dict = with_plain_options(super().state_dict())
+        self._place_parameters()
+        if self._places or self._grids.have_dtensors:
+            numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+            shared = share_states(self.param_groups, self.state, self._places)
+            state_dict["state"] = {numbers[parameter]: state for parameter, state in shared.items()}
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a copy of a state, each tensor in the dtype that it has here, whatever the parameter's.
@@ -219,8 +249,8 @@ class SOAP(WeightDecayMixin, Optimizer):
             TypeError: Something in it has the wrong type.
             ValueError: Groups, options, keys or shapes do not fit. Nothing has changed then.
         """
-        load_exactly(self, super().load_state_dict, state_dict)
-        self._buckets = []  # or the old state would live on beside the new one until the next step
+        self._places = load_exactly(self, super().load_state_dict, state_dict, self._grids)
+        self._plan = None  # or the old state would live on beside the new one until the next step
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -250,16 +280,12 @@ class SOAP(WeightDecayMixin, Optimizer):
                 loss = closure()
         for group in self.param_groups:
             validate_options(group)  # a scheduler or a user may have changed them
+        self._place_parameters()
+        for group in self.param_groups:
             self._check_gradients(group)
-        timetables = [Timetable(group, self.state) for group in self.param_groups]
-        skipped: list[Tensor] = []
-        for group, buckets, timetable in zip(self.param_groups, self._form_buckets(), timetables, strict=True):
-            with fp32_matmul_precision(group["fp32_matmul_prec"]):
-                for bucket in buckets:
-                    with torch.autocast(bucket.device.type, enabled=False):
-                        for run in list(bucket.runs()):
-                            step_run(run, group, timetable, skipped)
-        count_skips(skipped)
+        self._grad_pattern = check_gradients_agree(self.param_groups, self._places, self._grad_pattern)
+        plan = self._plan = Plan(self.param_groups, self.state, self._places, self._plan)
+        plan.step(self.param_groups, self.state)
         return loss
 
     @staticmethod
@@ -287,8 +313,12 @@ class SOAP(WeightDecayMixin, Optimizer):
     def _check_gradients(self, group: dict[str, Any]) -> None:
         """Raises what a step could raise about a parameter, before it changes anything."""
         for index, parameter in enumerate(group["params"]):
-            state = self.state.get(parameter, {})
-            if "step" in state and not fits(state, layout_for(parameter, group), parameter):
+            state, layout = self.state.get(parameter, {}), layout_for(parameter, group)
+            if (
+                "step" in state
+                and not is_elsewhere(state)
+                and not fits(state, layout, parameter if layout.axes else local_tensor(parameter))
+            ):
                 raise RuntimeError(
                     f"The state of {name_of(group, index)} has another shape or other preconditioned axes than its "
                     "shape, max_precond_dim, merge_dims and precondition_1d now give; they cannot change after the "
@@ -300,15 +330,13 @@ class SOAP(WeightDecayMixin, Optimizer):
             if grad.layout != torch.strided or grad.is_complex():
                 kind = "complex" if grad.is_complex() else "sparse"
                 raise RuntimeError(f"SOAP does not support {kind} gradients, got one for {name_of(group, index)}")
-            if group["nonfinite"] == "raise" and not bool(
-                is_usable(torch.linalg.vector_norm(grad.to(working_dtype(parameter))))
-            ):
-                raise RuntimeError(f"The gradient of {name_of(group, index)} has NaN or Inf entries, or overflows")
+        if group["nonfinite"] == "raise":
+            unusable = first_unusable_gradient(group, self._places)
+            if unusable is not None:
+                raise RuntimeError(f"The gradient of {name_of(group, unusable)} has NaN or Inf entries, or overflows")
 
-    def _form_buckets(self) -> list[list[Bucket]]:
-        """The buckets of every group; those of the last step where nothing has changed."""
-        former = self._buckets + [[] for _ in self.param_groups]
-        self._buckets = []
-        for group, buckets in zip(self.param_groups, former, strict=False):
-            self._buckets.append(form_buckets(group, self.state, buckets))
-        return self._buckets
+    def _place_parameters(self) -> None:
+        """Says of every parameter which process works on it. Those that have a place keep it."""
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        if any(p not in self._places and self._grids.of(p) is not None for p in parameters):
+            self._places = place_parameters(self.param_groups, self._grids, self._places)

@@ -39,6 +39,24 @@ def init_state(state: dict[str, Any], parameter: Tensor, layout: Layout) -> None
         state[f"Q_{axis}"] = torch.eye(size, **like)
 
 
+def init_elsewhere(state: dict[str, Any], parameter: Tensor, layout: Layout) -> None:
+    """Fills the state of a parameter that another process works on: ``step``, and empty tensors for everything else.
+
+    So every process has the same keys, which tools rely on that go through a state.
+    """
+    whole: dict[str, Any] = {}
+    init_state(whole, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), layout)
+    state["step"] = whole.pop("step")
+    for key, value in whole.items():
+        device = "cpu" if key in HOST_KEYS else parameter.device
+        state[key] = torch.zeros(0, dtype=value.dtype, device=device)
+
+
+def is_elsewhere(state: dict[str, Any]) -> bool:
+    """Whether another process has the rest of this state."""
+    return "skipped_steps" in state and state["skipped_steps"].dim() > 0
+
+
 def fits(state: dict[str, Any], layout: Layout, parameter: Tensor) -> bool:
     """Whether the state was made for this layout, and for a parameter of this shape."""
     factors = {key: value.shape[0] for key, value in state.items() if key.startswith("GG_")}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from emerging_optimizers.soap.layout import Layout, layout_for
 from emerging_optimizers.soap.options import refresh_frequency
+from emerging_optimizers.soap.state import is_elsewhere
 
 
 class Timetable:
@@ -29,13 +30,13 @@ class Timetable:
         TypeError, ValueError: The group's ``precondition_frequency`` is a callable and returned something impossible.
     """
 
-    def __init__(self, group: Mapping[str, Any], states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    def __init__(self, group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
         #: Per step that a tensor with a basis is at: the frequency then. A warm-up refreshes nothing.
         self._frequencies: dict[int, int] = {}
         #: Per frequency that occurs: the places of each parameter's axes.
         self._offsets: dict[int, tuple[tuple[int, ...], ...]] | None = None
-        active = [states[p] for p in group["params"] if p.grad is not None and "step" in states.get(p, ())]
-        for step in {int(s["step"]) for s in active if "refresh_step" in s and s["refresh_step"] > 0}:
+        active = [states[p] for p in group["params"] if p.grad is not None and "refresh_step" in states.get(p, ())]
+        for step in {int(s["step"]) for s in active if not is_elsewhere(s) and s["refresh_step"] > 0}:
             if step >= group["adam_warmup_steps"]:
                 self._frequencies[step] = refresh_frequency(group["precondition_frequency"], step)
         if group["stagger_updates"]:

@@ -36,7 +36,7 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[[SOAP], None]:
         with monkeypatch.context() as patch:
             patch.setattr(buckets, "CHUNK_ELEMENTS", 0)
             optimizer.step()
-        assert all(len(bucket.parameters) == 1 for group in optimizer._buckets for bucket in group)
+        assert all(len(bucket.parameters) == 1 for group in optimizer._plan.buckets for bucket in group)
 
     return step
 
@@ -67,7 +67,7 @@ def test_a_bucket_equals_its_parameters_one_by_one(
         tolerance = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-3}
         for p, q in zip(together, alone, strict=True):
             torch.testing.assert_close(p, q, **tolerance)
-    assert max(len(bucket.parameters) for bucket in optimizer._buckets[0]) >= 4
+    assert max(len(bucket.parameters) for bucket in optimizer._plan.buckets[0]) >= 4
     counters = ("step", "refresh_step", "skipped_steps")
     for p, q in zip(together, alone, strict=True):
         for key in counters:
@@ -191,7 +191,7 @@ def test_a_bucket_is_cut_where_its_stack_would_grow_too_large(monkeypatch: pytes
         p.grad = torch.ones_like(p)
     optimizer.step()
     # A (6, 6) factor is the largest part of the first five.
-    assert [len(bucket.parameters) for bucket in optimizer._buckets[0]] == [2, 2, 1, 1, 2, 1]
+    assert [len(bucket.parameters) for bucket in optimizer._plan.buckets[0]] == [2, 2, 1, 1, 2, 1]
 
 
 @pytest.mark.parametrize("change", ["add", "remove", "reorder"])
@@ -236,7 +236,7 @@ def test_loading_and_clearing_free_the_old_state() -> None:
     optimizer = SOAP(model.parameters(), lr=1e-2)
     train(optimizer, model, 2)
     saved = copy.deepcopy(optimizer.state_dict())
-    old = weakref.ref(optimizer._buckets[0][0])
+    old = weakref.ref(optimizer._plan.buckets[0][0])
     optimizer.load_state_dict(saved)
     gc.collect()
     assert old() is None
@@ -249,7 +249,7 @@ def test_the_old_buckets_are_freed_one_by_one_as_new_ones_are_made(monkeypatch: 
     for p in parameters[::2]:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    old = [weakref.ref(group[0]) for group in optimizer._buckets]
+    old = [weakref.ref(group[0]) for group in optimizer._plan.buckets]
     alive: list[int] = []
     real = buckets.Bucket.__init__
 

@@ -42,6 +42,7 @@ OWN_SOAP_OPTIONS = {
     "second_moment_refresh": "rank",
     "nonfinite": "skip",
     "stagger_updates": False,
+    "process_group": None,
 }
 
 

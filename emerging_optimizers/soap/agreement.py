@@ -1,0 +1,120 @@
+"""Questions that processes must answer alike, or a collective would wait for ever or mix up tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from emerging_optimizers.soap.algorithm import is_usable
+from emerging_optimizers.soap.layout import layout_for
+from emerging_optimizers.soap.options import name_of
+from emerging_optimizers.soap.placement import Grid, Grids, Place, local_grad
+from emerging_optimizers.soap.state import working_dtype
+
+
+def check_parameters(groups: Sequence[dict[str, Any]], grids: Grids) -> None:
+    """Raises unless all processes of each grid have the same parameters and options that decide who does what.
+
+    Raises:
+        RuntimeError: They differ. The first difference is named, on every process.
+    """
+    lines: dict[Grid, list[str]] = {}
+    for number, group in enumerate(groups):
+        frequency = group["precondition_frequency"]
+        period = "callable" if callable(frequency) else frequency
+        for index, parameter in enumerate(group["params"]):
+            grid = grids.of(parameter)
+            if grid is not None:
+                layout = layout_for(parameter, group)
+                lines.setdefault(grid, []).append(
+                    f"{name_of(group, index)} in group {number}: shape {tuple(parameter.shape)}, {parameter.dtype}, "
+                    f"requires_grad={parameter.requires_grad}, preconditioned axes {layout.axes} of {layout.shape}, "
+                    f"precondition_frequency {period}"
+                )
+    for grid, description in lines.items():
+        require_same(grid, "parameters", description)
+
+
+def check_gradients_agree(groups: Sequence[dict[str, Any]], places: Mapping[Tensor, Place], last: str) -> str:
+    """Raises unless the processes of each grid have gradients for the same parameters.
+
+    Args:
+        groups: The parameter groups.
+        places: The place of every parameter that several processes hold.
+        last: What this returned at the last step: nobody is asked while nothing changes here.
+
+    Raises:
+        RuntimeError: They differ. The first difference is named, on every process.
+    """
+    if not places:
+        return last
+    lines: dict[Grid, list[str]] = {}
+    pattern = ""
+    for group in groups:
+        for index, parameter in enumerate(group["params"]):
+            if parameter in places:
+                has = parameter.grad is not None
+                pattern += "x" if has else "-"
+                lines.setdefault(places[parameter].grid, []).append(
+                    f"{name_of(group, index)} has {'a' if has else 'no'} gradient"
+                )
+    if pattern != last:
+        for grid, description in lines.items():
+            require_same(grid, "gradients", description)
+    return pattern
+
+
+def require_same(grid: Grid, what: str, lines: Sequence[str]) -> None:
+    """Raises, on every process of a grid, unless all have the same lines. Their digests travel; lines if those differ.
+
+    Raises:
+        RuntimeError: They differ.
+    """
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    digests: list[Any] = [None] * grid.size
+    dist.all_gather_object(digests, digest, group=grid.everyone)
+    if len(set(digests)) == 1:
+        return
+    texts: list[Any] = [None] * grid.size
+    dist.all_gather_object(texts, list(lines), group=grid.everyone)
+    ranks = dist.get_process_group_ranks(grid.everyone)
+    other = next(number for number, text in enumerate(texts) if text != texts[0])
+    theirs = texts[other]
+    place = next(
+        (i for i, (a, b) in enumerate(zip(texts[0], theirs, strict=False)) if a != b), min(len(texts[0]), len(theirs))
+    )
+    here, there = (text[place] if place < len(text) else "nothing more" for text in (texts[0], theirs))
+    raise RuntimeError(
+        f"The processes have different {what}: first difference at number {place}: rank {ranks[0]} has {here}; "
+        f"rank {ranks[other]} has {there}"
+    )
+
+
+def first_unusable_gradient(group: dict[str, Any], places: Mapping[Tensor, Place]) -> int | None:
+    """The index in the group of the first gradient that is not finite or overflows, the same on all processes."""
+    unusable: list[int] = []
+    shared: dict[Grid, list[tuple[int, Tensor]]] = {}
+    for index, parameter in enumerate(group["params"]):
+        grad = local_grad(parameter)
+        if grad is None:
+            continue
+        norm = torch.linalg.vector_norm(grad.to(working_dtype(parameter)))
+        place = places.get(parameter)
+        if place is not None:
+            shared.setdefault(place.grid, []).append((index, norm))
+        elif not bool(is_usable(norm)):
+            unusable.append(index)
+    for grid, norms in shared.items():
+        squares = torch.stack([norm.double().square() for _, norm in norms])
+        if grid.row_group is not None:
+            dist.all_reduce(squares, group=grid.row_group)
+        whole = [root.to(norm.dtype) for root, (_, norm) in zip(squares.sqrt(), norms, strict=True)]
+        bad = torch.stack([~is_usable(norm) for norm in whole]).to(torch.int32)
+        dist.all_reduce(bad, group=grid.everyone)
+        unusable += [index for (index, _), count in zip(norms, bad.tolist(), strict=True) if count]
+    return min(unusable, default=None)

@@ -1,0 +1,154 @@
+"""State dicts of parameters that several processes hold: every tensor whole, as a DTensor, whoever worked on it.
+
+A state dict must not depend on who owned what, or it could not be loaded by another number of processes. So each owner
+hands out its tensors in equal shares of rows, ``Shard(0)`` on a mesh of all processes that hold the parameter, and
+distributed checkpointing can save each share once and cut them anew when loading. Counters are the same on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emerging_optimizers.soap.buckets import CHUNK_ELEMENTS
+from emerging_optimizers.soap.exchange import Spec, all_to_all, spec_of
+from emerging_optimizers.soap.layout import layout_for
+from emerging_optimizers.soap.placement import Grid, Place, is_dtensor, pieces
+from emerging_optimizers.soap.state import HOST_KEYS, init_state
+
+State = dict[str, Any]
+
+
+def share_states(
+    groups: Sequence[dict[str, Any]], states: Mapping[Tensor, State], places: Mapping[Tensor, Place]
+) -> dict[Tensor, State]:
+    """What a state dict has for each parameter. A collective: every process must call it.
+
+    Args:
+        groups: The parameter groups.
+        states: The optimizer's state.
+        places: The place of every parameter that several processes hold.
+
+    Returns:
+        Per parameter with a state, the same keys on all processes.
+    """
+    shared: dict[Tensor, State] = {}
+    owned: dict[Grid, list[tuple[Tensor, int, State]]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            state = states.get(parameter)
+            if not state:
+                continue
+            place = places.get(parameter)
+            if place is not None and place.owner is not None:
+                wanted: State = {}
+                layout = layout_for(parameter, group)
+                init_state(wanted, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), layout)
+                owned.setdefault(place.grid, []).append((parameter, place.owner, wanted))
+            elif is_dtensor(parameter):
+                shared[parameter] = {
+                    key: _like(parameter, value) if key.startswith("exp_avg") else value for key, value in state.items()
+                }
+            else:
+                shared[parameter] = dict(state)
+    for grid, entries in owned.items():
+        for batch in _batches(entries, grid):
+            shared.update(_hand_out(batch, states, grid))
+    return {parameter: shared[parameter] for parameter in states if parameter in shared}
+
+
+def _like(parameter: Any, local: Tensor) -> Tensor:
+    """A DTensor sharded like the parameter."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def _batches(entries: Sequence[tuple[Tensor, int, State]], grid: Grid) -> Iterator[list[tuple[Tensor, int, State]]]:
+    """Neighbours, as many as bound the extra memory."""
+    batch: list[tuple[Tensor, int, State]] = []
+    filled = 0
+    for entry in entries:
+        size = sum(value.numel() for value in entry[2].values())
+        if batch and filled + size > CHUNK_ELEMENTS * grid.size:
+            yield batch
+            batch, filled = [], 0
+        batch.append(entry)
+        filled += size
+    if batch:
+        yield batch
+
+
+def _hand_out(
+    batch: Sequence[tuple[Tensor, int, State]], states: Mapping[Tensor, State], grid: Grid
+) -> Iterator[tuple[Tensor, State]]:
+    """Sends this process's share of every tensor to it, and puts them together as DTensors."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    outgoing: list[list[Tensor]] = [[] for _ in range(grid.size)]
+    incoming: list[list[Spec]] = [[] for _ in range(grid.size)]
+    device = batch[0][0].device
+    for parameter, owner, wanted in batch:
+        for key, template in wanted.items():
+            if key != "step":
+                incoming[owner].append(spec_of(_share(template, grid, grid.me)))
+                if owner == grid.me:
+                    value = states[parameter][key].to(device)
+                    for process in range(grid.size):
+                        outgoing[process].append(_share(value, grid, process))
+    arrived = [iter(tensors) for tensors in all_to_all(grid.everyone, outgoing, incoming, device).wait()]
+    for parameter, owner, wanted in batch:
+        state: State = {}
+        for key, template in wanted.items():
+            if key == "step":
+                state[key] = states[parameter][key]
+                continue
+            share = next(arrived[owner]).clone()  # or the buffer would live as long as any part of it
+            if template.dim() == 0:
+                state[key] = share.to("cpu" if key in HOST_KEYS else device)
+            else:
+                mesh = grid.mesh(device.type)
+                state[key] = DTensor.from_local(
+                    share, mesh, [Shard(0)], run_check=False, shape=template.shape, stride=template.stride()
+                )
+        yield parameter, state
+
+
+def _share(tensor: Tensor, grid: Grid, process: int) -> Tensor:
+    """The rows of a tensor that ``Shard(0)`` gives a process; all of a 0-D tensor."""
+    if tensor.dim() == 0:
+        return tensor
+    rows = -(-tensor.shape[0] // grid.size)
+    return tensor[process * rows : (process + 1) * rows]
+
+
+def held_part(value: Tensor, key: str, parameter: Tensor, place: Place | None) -> Tensor:
+    """What this process keeps of a tensor of a loaded state: all, a piece, or nothing. May be a collective.
+
+    Args:
+        value: The tensor, whole: a plain one, or a DTensor in any placement.
+        key: Its key.
+        parameter: The parameter.
+        place: The parameter's place.
+    """
+    in_pieces = place is not None and place.owner is None and place.grid.columns > 1 and key.startswith("exp_avg")
+    if is_dtensor(value):
+        given: Any = value.detach()
+        if in_pieces and given.device_mesh == parameter.device_mesh and given.placements == parameter.placements:  # type: ignore[attr-defined]
+            part: Tensor = given.to_local()
+            return part
+        given = given.to(given.device_mesh.device_type)  # where its mesh can communicate
+        value = given.full_tensor()
+    if place is None:
+        return value
+    if in_pieces:
+        return value[pieces(parameter, place.grid)[place.grid.column]]
+    if not place.mine and key != "step":
+        return value.new_zeros(0)
+    return value
