@@ -31,7 +31,7 @@ from benchmarks.parameter_sets import PARAMETER_SETS
 
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT / "benchmarks" / ".venv-peers"
-BETAS = {"betas": (0.9, 0.95), "weight_decay": 0.01, "lr": 1e-3}
+BETAS: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.01, "lr": 1e-3}
 
 
 def soap(parameters: list[Tensor], frequency: int, **options: Any) -> torch.optim.Optimizer:
@@ -67,36 +67,57 @@ PACKAGES = {"heavyball": "heavyball", "pytorch-optimizer": "pytorch-optimizer"}
 REFRESHES = {name for name in OPTIMIZERS if name not in ("adamw", "muon")}
 
 
+def available(names: list[str]) -> list[str]:
+    """Those of these optimizers that this torch has."""
+    return [name for name in names if name != "muon" or hasattr(torch.optim, "Muon")]
+
+
 # --- one process per optimizer --------------------------------------------------------------------------------------
+
+
+class Trial:
+    """An optimizer with parameters and gradients drawn from a fixed seed."""
+
+    def __init__(self, make: Maker, shapes: list[tuple[int, ...]], frequency: int, device: str) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        self.parameters = [torch.nn.Parameter(torch.randn(s, generator=generator, device=device)) for s in shapes]
+        # Low rank plus noise, as gradients are; a few sets in turn, drawn before anything is timed.
+        self.gradients = [[low_rank(shape, generator, device) for shape in shapes] for _ in range(3)]
+        self.optimizer = make(self.parameters, frequency)
+        self.device = device
+        self.done = 0
+
+    def step(self) -> float:
+        """Do one step and return its milliseconds."""
+        for p, gradient in zip(self.parameters, self.gradients[self.done % len(self.gradients)], strict=True):
+            p.grad = gradient.clone()
+        self.done += 1
+        wait(self.device)
+        begin = time.perf_counter()
+        self.optimizer.step()
+        wait(self.device)
+        return 1000 * (time.perf_counter() - begin)
+
+    def play(self, steps: int) -> list[float]:
+        """Do a round of steps and return the milliseconds of each."""
+        return [self.step() for _ in range(steps)]
+
+
+def warm_trial(name: str, shapes: list[tuple[int, ...]], frequency: int, device: str) -> Trial:
+    """A trial of one of :data:`OPTIMIZERS` that has had its first basis and its first refresh."""
+    trial = Trial(OPTIMIZERS[name], shapes, frequency, device)
+    trial.play(frequency + 2 if name in REFRESHES else 2)
+    return trial
 
 
 def work(name: str, shapes: list[tuple[int, ...]], frequency: int, steps: int, device: str) -> None:
     """The worker: warms up, says that it is ready, then does a round per line of stdin and prints its step times."""
-    generator = torch.Generator(device).manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator, device=device)) for shape in shapes]
-    # Low rank plus noise, as gradients are; a few sets in turn, drawn before anything is timed.
-    gradients = [[low_rank(shape, generator, device) for shape in shapes] for _ in range(3)]
-    optimizer = OPTIMIZERS[name](parameters, frequency)
-
-    def step(number: int) -> float:
-        for p, gradient in zip(parameters, gradients[number % len(gradients)], strict=True):
-            p.grad = gradient.clone()
-        wait(device)
-        begin = time.perf_counter()
-        optimizer.step()
-        wait(device)
-        return 1000 * (time.perf_counter() - begin)
-
-    done = 0
-    while done < 2 or (name in REFRESHES and done < frequency + 2):
-        step(done)
-        done += 1
+    trial = warm_trial(name, shapes, frequency, device)
     package = PACKAGES.get(name)
-    print(json.dumps({"state_bytes": state_bytes(optimizer), "version": version(package) if package else None}))
-    sys.stdout.flush()
+    facts = {"state_bytes": state_bytes(trial.optimizer), "version": version(package) if package else None}
+    print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
-        print(json.dumps([step(done + k) for k in range(steps)]), flush=True)
-        done += steps
+        print(json.dumps(trial.play(steps)), flush=True)
 
 
 def low_rank(shape: tuple[int, ...], generator: torch.Generator, device: str) -> Tensor:
@@ -179,15 +200,15 @@ def peers_python() -> str:
     return str(python)
 
 
-def matmul_rate(device: str) -> float:
+def matmul_rate(device: str, size: int | None = None) -> float:
     """float32 FLOPs per second of a square product, at torch's default precision for SOAP ("high")."""
     from emerging_optimizers.precision import fp32_matmul_precision
 
-    size = 1024 if device == "cpu" else 4096
+    size = size or (1024 if device == "cpu" else 4096)
     a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     times = []
     with fp32_matmul_precision("high"):
-        for _ in range(8):
+        for _ in range(max(8, 2**28 // size**3)):
             begin = time.perf_counter()
             torch.mm(a, b)
             wait(device)
@@ -198,6 +219,14 @@ def matmul_rate(device: str) -> float:
 def floor_flops(shapes: list[tuple[int, ...]]) -> int:
     """6 m n (m + n) per matrix; per axis of a tensor two Gram and four projection FLOPs per element and entry."""
     return sum(6 * prod(shape) * sum(shape) for shape in shapes)
+
+
+def heading(device: str) -> dict[str, Any]:
+    """What a reader of the result must know: date, machine, versions."""
+    from emerging_optimizers.lab.machine import machine, versions
+
+    head = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions()}
+    return head if device == "cpu" else {**head, "device": torch.cuda.get_device_name()}
 
 
 def measure(name: str, frequency: int, optimizers: list[str], rounds: int, device: str) -> dict[str, Any]:
@@ -264,17 +293,12 @@ def main() -> None:
     if given.worker:
         work(given.worker, PARAMETER_SETS[given.sets], int(given.frequencies), given.steps, given.device)
         return
-    from emerging_optimizers.lab.machine import machine, versions
-
     results = []
     for name in given.sets.split(","):
         for frequency in map(int, given.frequencies.split(",")):
             results.append(measure(name, frequency, given.optimizers.split(","), given.rounds, given.device))
             print("\n".join(table(results[-1])), flush=True)
-    head = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions()}
-    if given.device != "cpu":
-        head["device"] = torch.cuda.get_device_name()
-    given.out.write_text(json.dumps({**head, "results": results}, indent=1) + "\n")
+    given.out.write_text(json.dumps({**heading(given.device), "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
