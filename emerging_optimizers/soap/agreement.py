@@ -53,17 +53,18 @@ def check_gradients_agree(groups: Sequence[dict[str, Any]], places: Mapping[Tens
     """
     if not places:
         return last
-    lines: dict[Grid, list[str]] = {}
-    pattern = ""
-    for group in groups:
-        for index, parameter in enumerate(group["params"]):
-            if parameter in places:
-                has = parameter.grad is not None
-                pattern += "x" if has else "-"
-                lines.setdefault(places[parameter].grid, []).append(
-                    f"{name_of(group, index)} has {'a' if has else 'no'} gradient"
-                )
+    shared = [
+        (group, index, parameter)
+        for group in groups
+        for index, parameter in enumerate(group["params"])
+        if parameter in places
+    ]
+    pattern = "".join("-" if parameter.grad is None else "x" for *_, parameter in shared)
     if pattern != last:
+        lines: dict[Grid, list[str]] = {}
+        for group, index, parameter in shared:
+            has = "no" if parameter.grad is None else "a"
+            lines.setdefault(places[parameter].grid, []).append(f"{name_of(group, index)} has {has} gradient")
         for grid, description in lines.items():
             require_same(grid, "gradients", description)
     return pattern

@@ -66,13 +66,12 @@ def place_parameters(
     jobs: dict[Grid, list[tuple[Tensor, float]]] = {}
     loads: dict[Grid, list[float]] = {}
     for group in groups:
-        frequency = refresh_frequency(group["precondition_frequency"], 0)
         for parameter in group["params"]:
             grid = grids.of(parameter)
             if grid is None:
                 continue
             layout = layout_for(parameter, group)
-            cost = mean_flops(layout, frequency)
+            cost = mean_flops(layout, refresh_frequency(group["precondition_frequency"], 0))
             place = known.get(parameter)
             if place is not None:
                 places[parameter] = place

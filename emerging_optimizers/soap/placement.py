@@ -184,7 +184,7 @@ class Grids:
         """The grid of a parameter; None where this process alone has it, or each works on its own.
 
         Raises:
-            ValueError: It is a DTensor that is partial.
+            ValueError: It is a DTensor that is partial, or on a mesh without this process.
         """
         if not is_dtensor(parameter):
             return self._replicated
@@ -203,6 +203,8 @@ class Grids:
 
 def _grid_of(mesh: DeviceMesh, sharded: tuple[int, ...]) -> Grid:
     """The grid of a mesh: its sharded dimensions make the columns, the others the rows."""
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"a parameter must be on a mesh that this process is in, got {mesh}")
     replicated = [dim for dim in range(mesh.ndim) if dim not in sharded]
     columns = prod(mesh.size(dim) for dim in sharded)
     table = mesh.mesh.permute(*replicated, *sharded).reshape(-1, columns).tolist()

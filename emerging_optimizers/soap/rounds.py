@@ -49,8 +49,9 @@ class Matrix:
         grad = local_grad(self.parameter)
         assert grad is not None
         if self.group["weight_decay_method"] == "l2" and self.group["weight_decay"] != 0:
-            weight = local_tensor(self.parameter)
-            return WeightDecayMixin.regularized_grad(grad.to(self.dtype), weight.to(self.dtype), self.group)
+            sign = -1 if self.group["maximize"] else 1  # the owner will turn the gradient round, but not the penalty
+            weight = local_tensor(self.parameter).to(self.dtype)
+            return sign * WeightDecayMixin.regularized_grad(sign * grad.to(self.dtype), weight, self.group)
         return grad
 
 
@@ -139,7 +140,7 @@ class Round:
         self._delivery = all_to_all(grid.row_group, outgoing, incoming, self._device)
 
     def finish(self) -> None:
-        """Waits for what is under way, and brings the weights up to date."""
+        """Waits for updates that were sent here, and applies them."""
         grid = self.grid
         if self._delivery is not None:
             arrived = self._delivery.wait()
@@ -150,6 +151,9 @@ class Round:
                     direction, moves = tensors[2 * place : 2 * place + 2]
                     apply_to_piece(weight, direction, moves, matrix.group)
             self._send_rows()
+
+    def settle(self) -> None:
+        """Waits for weights that were sent here, and puts them in place."""
         for transfer, weights in self._rows:
             received = transfer.wait()[0]
             if received:
@@ -195,9 +199,10 @@ class Plan:
         self.local: list[tuple[Group, Bucket]] = []
         self._elsewhere: list[tuple[Tensor, Tensor]] = []
         jobs: dict[Grid, list[list[Job]]] = {}
+        mine: dict[int, Bucket] = {}
         old: list[list[Bucket]] = [[] for _ in groups]
         if former is not None:
-            former.local, former.rounds = [], []  # or no bucket would be freed before all are replaced
+            former.local = []  # or no bucket would be freed before all are replaced
             old = former.buckets + old
         for group, former_buckets in zip(groups, old, strict=False):
             held = []
@@ -211,9 +216,24 @@ class Plan:
                 held.append((kind, owner, chunk))
             buckets = form_buckets(group, [(kind, chunk) for kind, _, chunk in held], states, former_buckets)
             self.buckets.append(buckets)
-            self.local += [(group, b) for b, (_, owner, _) in zip(buckets, held, strict=True) if owner is None]
-        mine = {id(bucket.parameters[0]): bucket for buckets in self.buckets for bucket in buckets}
-        self.rounds = [round_ for grid, per_owner in jobs.items() for round_ in _rounds(grid, per_owner, mine)]
+            for bucket, (_, owner, _) in zip(buckets, held, strict=True):
+                if owner is None:
+                    self.local.append((group, bucket))
+                else:
+                    mine[id(bucket.parameters[0])] = bucket
+        #: What the rounds were made of: by identity, since groups and tensors do not compare.
+        self._made_of: list[Any] = [
+            (grid, owner, id(group), kind, [id(parameter) for _, parameter in chunk])
+            for grid, per_owner in jobs.items()
+            for owner, some in enumerate(per_owner)
+            for group, kind, chunk in some
+        ]
+        self._made_of += mine.values()
+        self.rounds: list[Round]
+        if former is not None and former._made_of == self._made_of:
+            self.rounds = former.rounds
+        else:
+            self.rounds = [round_ for grid, per_owner in jobs.items() for round_ in _rounds(grid, per_owner, mine)]
 
     def _leave(self, group: Group, chunk: list[tuple[int, Tensor]], states: dict[Tensor, dict[str, Any]]) -> None:
         """Parameters for another process to work on: here only their steps are counted."""
@@ -232,7 +252,6 @@ class Plan:
         """
         timetables = {id(group): Timetable(group, states) for group in groups}
         skipped: list[Tensor] = []
-        last: Round | None = None
         steps = [step for parameter, step in self._elsewhere if parameter.grad is not None]
         if steps:
             torch._foreach_add_(steps, 1)
@@ -241,18 +260,21 @@ class Plan:
         for group, bucket in self.local:
             grads = [local_grad(parameter) for parameter in bucket.parameters]
             _work(group, bucket, grads, timetables[id(group)], skipped)
-        for this, following in zip_longest(self.rounds, self.rounds[1:]):
-            if following is not None:
-                following.send_gradients()
+        for number, this in enumerate(self.rounds):
+            if number + 1 < len(self.rounds):
+                self.rounds[number + 1].send_gradients()
             updates: list[Update] = []
             for (group, bucket), grads in zip(this.buckets, this.gradients(), strict=True):
                 updates += _work(group, bucket, grads, timetables[id(group)], skipped)
             this.deliver(updates)
-            if last is not None:
-                last.finish()
-            last = this
-        if last is not None:
+            if number >= 1:
+                self.rounds[number - 1].finish()
+            if number >= 2:
+                self.rounds[number - 2].settle()
+        for last in self.rounds[-1:]:
             last.finish()
+        for last in self.rounds[-2:]:
+            last.settle()
         count_skips(skipped)
 
 

@@ -135,6 +135,8 @@ class SOAP(WeightDecayMixin, Optimizer):
     _stepping = False
     #: The last step's. Nothing but a cache: it is made from the state.
     _plan: Plan | None = None
+    #: Whether the constructor is done, which compares its groups with other processes' all at once.
+    _constructed = False
     #: Of the parameters that several processes hold.
     _places: Mapping[Tensor, Place] = {}
     #: Which of them had a gradient when the processes last compared.
@@ -204,6 +206,7 @@ class SOAP(WeightDecayMixin, Optimizer):
         self._grids = Grids(process_group)
         super().__init__(params, defaults)
         check_parameters(self.param_groups, self._grids)
+        self._constructed = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, with this optimizer's defaults for the options that it does not set.
@@ -217,6 +220,8 @@ class SOAP(WeightDecayMixin, Optimizer):
         super().add_param_group(param_group)
         for index, parameter in enumerate(self.param_groups[-1]["params"]):
             warn_if_flattened(parameter, name_of(self.param_groups[-1], index))
+        if self._constructed:
+            check_parameters(self.param_groups, self._grids)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_grids": self._grids}
