@@ -3,7 +3,9 @@
 Parameters with the same layout, working dtype and device are one stacked problem ``(B, d_1, .., d_N)``; the batched
 kernels then do in one call what would be B calls. Parameters without a preconditioned axis are laid end to end in one
 vector, since Adam is elementwise. Either way the state tensors of a parameter are views into the bucket's storage:
-nothing is copied to batch it, and ``state_dict()`` sees ordinary per-parameter tensors.
+nothing is copied to batch it, and ``state_dict()`` sees ordinary per-parameter tensors. State that is kept smaller than
+the arithmetic wants it (``pack_factors``, ``state_dtype``) is expanded for one run at a time, which bounds what that
+takes, and put back.
 
 Which parameters share a bucket, and in which order, depends only on the group's parameter list and on which of them
 have state. A run that is resumed from a checkpoint therefore forms the same buckets, and rounds alike.
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.soap.layout import Layout, layout_for
+from emerging_optimizers.soap.packing import pack, unpack
 from emerging_optimizers.soap.state import HOST_KEYS, init_state, working_dtype
 
 #: A bucket of several parameters has at most this many elements per stack, which bounds the extra memory of a step.
@@ -35,16 +38,26 @@ class Bucket:
         layout: The members' layout; None for members of any shape without a preconditioned axis ("flat").
         members: Index in the group, and parameter.
         states: Their states in the optimizer, empty for a parameter that has none yet; what is there is copied.
+        pack_factors: Whether factors are kept packed.
+        state_dtype: In which first moments and bases are kept; None: the working dtype.
 
     Attributes:
-        stacks: Per key of the state the storage: (B,) for counters, (B, d_1, .., d_N) for moments, (B, d, d) for
-            factors and bases; the moments of a flat bucket are one vector.
+        stacks: Per key of the state the storage, in the shape and dtype in which it is kept: (B,) for counters,
+            (B, d_1, .., d_N) for moments, (B, d, d) for factors and bases, (B, d (d + 1) / 2) for packed factors; the
+            moments of a flat bucket are one vector.
     """
 
     def __init__(
-        self, layout: Layout | None, members: Sequence[tuple[int, Tensor]], states: Sequence[dict[str, Any]]
+        self,
+        layout: Layout | None,
+        members: Sequence[tuple[int, Tensor]],
+        states: Sequence[dict[str, Any]],
+        pack_factors: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         self.layout = layout
+        self.pack_factors = pack_factors
+        self.state_dtype = state_dtype
         self.indices = [index for index, _ in members]
         self.parameters = [parameter for _, parameter in members]
         self.dtype = working_dtype(*self.parameters)
@@ -54,7 +67,7 @@ class Bucket:
         self.stacks: dict[str, Tensor] = {}
         self._views: list[dict[str, Tensor]] = [{} for _ in members]
         one: dict[str, Tensor] = {}
-        init_state(one, self.parameters[0], layout or NO_AXIS)
+        init_state(one, self.parameters[0], layout or NO_AXIS, pack_factors, state_dtype)
         for key, fresh in one.items():
             elementwise = layout is None and key not in (*HOST_KEYS, "skipped_steps")
             if elementwise:
@@ -135,20 +148,52 @@ class Run:
         """``step`` and the like, (B,)."""
         return self.bucket.stacks[key][self.start : self.stop]
 
-    def moment(self, key: str) -> Tensor:
-        """``exp_avg`` or ``exp_avg_sq``, shaped like what :meth:`join` makes."""
+    def kept(self, key: str) -> Tensor:
+        """State as it is kept, a view: factors may be packed, and the dtype may not be the working one."""
         stack = self.bucket.stacks[key]
         if self.layout is not None:
             return stack[self.start : self.stop]
         return stack[self.bucket.offsets[self.start] : self.bucket.offsets[self.stop]]
 
+    def moment(self, key: str) -> Tensor:
+        """``exp_avg`` or ``exp_avg_sq`` in the working dtype, shaped like what :meth:`join` makes.
+
+        Whoever changes it in place must hand it to :meth:`keep`: it is a view of the state or a copy.
+        """
+        return self.kept(key).to(self.bucket.dtype)
+
     def matrices(self, kind: str) -> list[Tensor | None]:
-        """The factors ("GG") or bases ("Q") per axis of the working shape, (B, d, d); None for an axis without one."""
+        """The factors ("GG") or bases ("Q") per axis of the working shape; None for an axis without one.
+
+        (B, d, d) in the working dtype. As for :meth:`moment`, they are views or copies.
+        """
         layout = self.layout or NO_AXIS
-        return [
-            self.bucket.stacks[f"{kind}_{k}"][self.start : self.stop] if k in layout.axes else None
-            for k in range(len(layout.shape))
-        ]
+        return [self._matrix(kind, axis) if axis in layout.axes else None for axis in range(len(layout.shape))]
+
+    def _matrix(self, kind: str, axis: int) -> Tensor:
+        kept = self.kept(f"{kind}_{axis}")
+        if kind == "GG" and self.bucket.pack_factors:
+            return unpack(kept, (self.layout or NO_AXIS).shape[axis])
+        return kept.to(self.bucket.dtype)
+
+    def keep(self, key: str, value: Tensor) -> None:
+        """Puts back what :meth:`moment` gave or what replaces it; rounds it if it is kept in another dtype.
+
+        Nothing is done where the value was changed in place and is the state itself.
+        """
+        kept = self.kept(key)
+        if kept.data_ptr() != value.data_ptr():
+            kept.copy_(value)
+
+    def keep_matrices(self, kind: str, matrices: Sequence[Tensor | None]) -> None:
+        """:meth:`keep`, for what :meth:`matrices` gave or what replaces it."""
+        for axis, matrix in enumerate(matrices):
+            if matrix is None:
+                continue
+            if kind == "GG" and self.bucket.pack_factors:
+                pack(matrix, out=self.kept(f"{kind}_{axis}"))
+            else:
+                self.keep(f"{kind}_{axis}", matrix)
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors shaped like the parameters as one stack (B, d_1, .., d_N), or vector, in the working dtype.
@@ -208,6 +253,7 @@ def form_buckets(group: dict[str, Any], states: dict[Tensor, dict[str, Any]], fo
         former: The buckets so far; those that still stand are used again, so that their state stays where it is. Is
             emptied, so that a bucket that does not stand is freed as its members move out.
     """
+    storage = (group["pack_factors"], group["state_dtype"])
     kinds: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
     for index, parameter in enumerate(group["params"]):
         if parameter.grad is not None or "step" in states.get(parameter, ()):
@@ -215,8 +261,10 @@ def form_buckets(group: dict[str, Any], states: dict[Tensor, dict[str, Any]], fo
             kind = (layout if layout.axes else None, working_dtype(parameter), parameter.device)
             kinds.setdefault(kind, []).append((index, parameter))
     chunks = [(kind, chunk) for kind, members in kinds.items() for chunk in _chunks(kind[0], members)]
-    standing = {(bucket.layout, bucket.dtype, bucket.device, *map(id, bucket.parameters)): bucket for bucket in former}
-    found = [standing.pop((*kind, *(id(parameter) for _, parameter in chunk)), None) for kind, chunk in chunks]
+    standing = {(b.layout, b.dtype, b.device, b.pack_factors, b.state_dtype, *map(id, b.parameters)): b for b in former}
+    found = [
+        standing.pop((*kind, *storage, *(id(parameter) for _, parameter in chunk)), None) for kind, chunk in chunks
+    ]
     standing.clear()
     former.clear()
     for place, (kind, chunk) in enumerate(chunks):
@@ -224,7 +272,7 @@ def form_buckets(group: dict[str, Any], states: dict[Tensor, dict[str, Any]], fo
         bucket = found[place]
         if bucket is None or not bucket.holds(chunk_states):
             bucket = found[place] = None
-            bucket = found[place] = Bucket(kind[0], chunk, chunk_states)
+            bucket = found[place] = Bucket(kind[0], chunk, chunk_states, *storage)
         bucket.indices = [index for index, _ in chunk]
     return [bucket for bucket in found if bucket is not None]
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from emerging_optimizers.soap.layout import layout_for
 from emerging_optimizers.soap.options import name_of, validate_options
+from emerging_optimizers.soap.packing import pack
 from emerging_optimizers.soap.state import HOST_KEYS, init_state, working_dtype
 
 logger = logging.getLogger(__name__)
@@ -76,9 +77,9 @@ def load_exactly(optimizer: Optimizer, load: Callable[[dict[str, Any]], None], s
 
     def check(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
         _check_structure(final)
-        final = {**final, "param_groups": _groups_to_load(optimizer, final["param_groups"])}
-        loaded.update(_states_to_load(optimizer, final))
-        return final
+        groups = _groups_to_load(optimizer, final["param_groups"])
+        loaded.update(_states_to_load(optimizer, final, groups))
+        return {**final, "param_groups": groups}
 
     def restore(_: Optimizer) -> None:
         for parameter, state in loaded.items():
@@ -165,24 +166,30 @@ def _groups_to_load(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) ->
     return groups
 
 
-def _states_to_load(optimizer: Optimizer, final: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+def _states_to_load(
+    optimizer: Optimizer, final: dict[str, Any], groups: list[dict[str, Any]]
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Parameter and new state for each state that was saved: copies, with the dtype and device that they must have."""
-    saved_ids = chain.from_iterable(group["params"] for group in final["param_groups"])
+    saved_ids = chain.from_iterable(group["params"] for group in groups)
     places = (
-        (parameter, options, name_of(live, index))
-        for live, options in zip(optimizer.param_groups, final["param_groups"], strict=True)
+        (parameter, options, "pack_factors" in saved_group, name_of(live, index))
+        for live, options, saved_group in zip(optimizer.param_groups, groups, final["param_groups"], strict=True)
         for index, parameter in enumerate(live["params"])
     )
-    for saved_id, (parameter, options, name) in zip(saved_ids, places, strict=True):
+    for saved_id, (parameter, options, knows_packing, name) in zip(saved_ids, places, strict=True):
         saved = final["state"].get(saved_id)
         if saved:
-            yield parameter, _state_to_load(parameter, options, saved, name)
+            yield parameter, _state_to_load(parameter, options, saved, name, knows_packing)
 
 
-def _state_to_load(parameter: Tensor, options: dict[str, Any], saved: dict[str, Any], name: str) -> dict[str, Tensor]:
+def _state_to_load(
+    parameter: Tensor, options: dict[str, Any], saved: dict[str, Any], name: str, knows_packing: bool
+) -> dict[str, Tensor]:
+    """The state of one parameter; packed here if it is from before factors could be (``knows_packing`` is false)."""
     layout = layout_for(parameter, options)
     wanted: dict[str, Any] = {}
-    init_state(wanted, torch.empty(parameter.shape, dtype=working_dtype(parameter), device="meta"), layout)
+    meta = torch.empty(parameter.shape, dtype=working_dtype(parameter), device="meta")
+    init_state(wanted, meta, layout, options["pack_factors"] and knows_packing, options["state_dtype"])
     unknown = [key for key in saved if key not in wanted]
     missing = [key for key in wanted if key not in saved and key not in LATER_KEYS]
     if unknown or missing:
@@ -215,6 +222,8 @@ def _state_to_load(parameter: Tensor, options: dict[str, Any], saved: dict[str, 
             if not (0 <= number <= LARGEST_COUNT and number % 1 == 0):
                 raise ValueError(f"the loaded state {key!r} of {name} must be an integer >= 0, got {number}")
         state[key] = value.detach().to(device, template.dtype, copy=True, memory_format=torch.contiguous_format)
+    if options["pack_factors"] and not knows_packing:
+        state |= {key: pack(value.unsqueeze(0))[0] for key, value in state.items() if key.startswith("GG_")}
     if "refresh_step" in state and state["refresh_step"] > state["step"]:
         raise ValueError(
             f"the loaded state 'refresh_step' of {name} must not be after 'step' ({state['step'].item():g}), got "

@@ -95,6 +95,11 @@ class SOAP(WeightDecayMixin, Optimizer):
         stagger_updates: Spread the refreshes over the period, so that all steps take about as long. Every axis of every
             tensor is still refreshed each ``precondition_frequency`` steps; in which of them follows from the
             parameter list. Without it all are refreshed in the same step.
+        pack_factors: Keep each symmetric Kronecker factor as one triangle, and expand it while it is worked on. Halves
+            the factors' memory and changes no result by more than the rounding between the two triangles.
+        state_dtype: In which the first moment and the eigenbases are kept: ``torch.bfloat16`` halves their memory,
+            None is the working dtype. All arithmetic stays in the working dtype; what is kept is rounded once per
+            step.
 
     State, per parameter: ``step``, the steps done, 0-D float64 on the CPU; ``exp_avg`` and ``exp_avg_sq``, shaped like
     the parameter and held in the eigenbasis once there is one; ``skipped_steps``, 0-D int64. Preconditioned tensors
@@ -155,6 +160,8 @@ class SOAP(WeightDecayMixin, Optimizer):
         second_moment_refresh: str = "rank",
         nonfinite: str = "skip",
         stagger_updates: bool = False,
+        pack_factors: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -183,6 +190,8 @@ class SOAP(WeightDecayMixin, Optimizer):
             "second_moment_refresh": second_moment_refresh,
             "nonfinite": nonfinite,
             "stagger_updates": stagger_updates,
+            "pack_factors": pack_factors,
+            "state_dtype": state_dtype,
         }
         validate_options(defaults)
         super().__init__(params, defaults)
@@ -210,7 +219,8 @@ class SOAP(WeightDecayMixin, Optimizer):
 
         The saved options replace the optimizer's own, but for a ``precondition_frequency`` that is or was a callable:
         there the optimizer's own is kept, with a warning if only one of the two is a callable. A state without
-        entries, or from before an option existed, is accepted.
+        entries, or from before an option existed, is accepted; the optimizer's own ``pack_factors`` and
+        ``state_dtype`` are then applied to it.
 
         Args:
             state_dict: As returned by :meth:`state_dict`.
@@ -288,11 +298,11 @@ class SOAP(WeightDecayMixin, Optimizer):
         """Raises what a step could raise about a parameter, before it changes anything."""
         for index, parameter in enumerate(group["params"]):
             state = self.state.get(parameter, {})
-            if "step" in state and not fits(state, layout_for(parameter, group), parameter):
+            if "step" in state and not fits(state, layout_for(parameter, group), parameter, group["pack_factors"]):
                 raise RuntimeError(
                     f"The state of {name_of(group, index)} has another shape or other preconditioned axes than its "
-                    "shape, max_precond_dim, merge_dims and precondition_1d now give; they cannot change after the "
-                    "first step"
+                    "shape, max_precond_dim, merge_dims, precondition_1d and pack_factors now give; they cannot change "
+                    "after the first step"
                 )
             grad = parameter.grad
             if grad is None:
@@ -301,7 +311,7 @@ class SOAP(WeightDecayMixin, Optimizer):
                 kind = "complex" if grad.is_complex() else "sparse"
                 raise RuntimeError(f"SOAP does not support {kind} gradients, got one for {name_of(group, index)}")
             if group["nonfinite"] == "raise" and not bool(
-                is_usable(torch.linalg.vector_norm(grad.to(working_dtype(parameter))))
+                is_usable(torch.linalg.vector_norm(grad.to(working_dtype(parameter))), group["state_dtype"])
             ):
                 raise RuntimeError(f"The gradient of {name_of(group, index)} has NaN or Inf entries, or overflows")
 
