@@ -383,6 +383,7 @@ CHECKPOINT_MODES: dict[str, dict] = {
     "warm-up": {"adam_warmup_steps": 20},
     "schedule, merged": {"precondition_frequency": LinearFrequency(1, 3, 4), "merge_dims": True},
     "adamw": {"max_precond_dim": 0},
+    "packed, bfloat16": {"pack_factors": True, "state_dtype": torch.bfloat16},
 }
 
 
