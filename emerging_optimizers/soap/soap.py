@@ -96,18 +96,24 @@ class SOAP(WeightDecayMixin, Optimizer):
             tensor is still refreshed each ``precondition_frequency`` steps; in which of them follows from the
             parameter list. Without it all are refreshed in the same step.
         pack_factors: Keep each symmetric Kronecker factor as one triangle, and expand it while it is worked on. Halves
-            the factors' memory and changes no result by more than the rounding between the two triangles.
+            the factors' memory; results differ by the rounding by which a factor's two triangles differ. Costs a copy
+            of the factor out and in again per step. Cannot change after the first step.
         state_dtype: In which the first moment and the eigenbases are kept: ``torch.bfloat16`` halves their memory,
-            None is the working dtype. All arithmetic stays in the working dtype; what is kept is rounded once per
-            step.
+            None is the working dtype, and ``torch.float32`` is for float64 parameters. The arithmetic stays in the
+            working dtype, for which a copy is made at each step, and what is kept is rounded once when it is stored.
+            A bfloat16 first moment stands still where a step would change it by less than 0.2 to 0.4%, so ``betas[0]``
+            must stay well below 0.996. The adaptive criterion sees the rounding of a basis, about 1e-3, which is what
+            its tolerance should then be at least.
 
     State, per parameter: ``step``, the steps done, 0-D float64 on the CPU; ``exp_avg`` and ``exp_avg_sq``, shaped like
     the parameter and held in the eigenbasis once there is one; ``skipped_steps``, 0-D int64. Preconditioned tensors
     also have ``refresh_step``, the value of ``step`` after the last refresh that was due, 0 before the first;
     ``failed_refreshes``, 0-D int64, those in which a decomposition failed for good and the last good basis stayed; and
-    for each preconditioned axis k of the working shape ``GG_k`` and ``Q_k``, (d_k, d_k). They are views into stacks
-    that parameters share: clone them before saving the state of a single one. What was skipped or failed is logged once
-    per kind and counted for the process in ``emerging_optimizers.soap.incidents``.
+    for each preconditioned axis k of the working shape ``GG_k`` and ``Q_k``, (d_k, d_k); packed, ``GG_k`` is
+    (d_k (d_k + 1) / 2,), see ``emerging_optimizers.soap.packing``. ``exp_avg`` and ``Q_k`` are in ``state_dtype``, all
+    else but the counters in the working dtype. They are views into stacks that parameters share: clone them before saving
+    the state of a single one. What was skipped or failed is logged once per kind and counted for the process in
+    ``emerging_optimizers.soap.incidents``.
 
     Raises:
         TypeError: An option has the wrong type.
