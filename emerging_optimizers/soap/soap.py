@@ -111,8 +111,8 @@ class SOAP(WeightDecayMixin, Optimizer):
     ``failed_refreshes``, 0-D int64, those in which a decomposition failed for good and the last good basis stayed; and
     for each preconditioned axis k of the working shape ``GG_k`` and ``Q_k``, (d_k, d_k); packed, ``GG_k`` is
     (d_k (d_k + 1) / 2,), see ``emerging_optimizers.soap.packing``. ``exp_avg`` and ``Q_k`` are in ``state_dtype``, all
-    else but the counters in the working dtype. They are views into stacks that parameters share: clone them before saving
-    the state of a single one. What was skipped or failed is logged once per kind and counted for the process in
+    else but the counters in the working dtype. They are views into stacks that parameters share: clone them before
+    saving the state of a single one. What was skipped or failed is logged once per kind and counted for the process in
     ``emerging_optimizers.soap.incidents``.
 
     Raises:
