@@ -21,6 +21,8 @@ What the formulas leave open, and what this oracle (and the package) does:
 * After a refresh ``V`` is raised to what Adam could have beside the carried ``M``.
 * ``stagger_updates``: every axis of a tensor has a place in the period, ``place(tensor, axis, frequency)``, and is due
   when the step minus that place is a multiple of the frequency; the first refresh is of all axes at once.
+* ``state_dtype``: ``M`` and every ``Q`` are rounded to it after a refresh, and ``M`` after a step.
+* ``pack_factors`` is about storage only.
 * ``merge_dims`` starts at the last axis and absorbs the left neighbour while the product stays within
   ``max_precond_dim`` and at least two axes remain; otherwise that neighbour starts the next folded axis.
 * A tensor whose gradient is ``None`` is passed over, its step does not count.
@@ -141,6 +143,8 @@ class OracleSOAP:
         merge_dims: bool = False,
         second_moment_refresh: str = "rank",
         stagger_updates: bool = False,
+        pack_factors: bool = False,
+        state_dtype: torch.dtype | None = None,
         place: Callable[[int, int, int], int] | None = None,
         adopt_basis: AdoptBasis | None = None,
     ) -> None:
@@ -169,6 +173,7 @@ class OracleSOAP:
         self.maximize = maximize
         self.second_moment_refresh = second_moment_refresh
         self.place = place if stagger_updates else None
+        self.state_dtype = torch.float64 if state_dtype is None else state_dtype
         self.adopt_basis = adopt_basis
         self.events = {"refreshed": 0, "left alone": 0, "adopted": 0, "clipped": 0, "not clipped": 0}
 
@@ -238,6 +243,7 @@ class OracleSOAP:
         if self.use_nesterov:
             m_hat = self.beta1 * s["M"] / next1 + (1 - self.beta1) * g_rot / now1
         u = m_hat / (torch.sqrt(s["V"] / now2) + self.eps)
+        s["M"] = self._as_kept(s["M"])
 
         # 8. out of the eigenbasis, and the clip
         for axis, basis in s["Q"].items():
@@ -250,6 +256,10 @@ class OracleSOAP:
         # 9. the step itself
         s["t"] = t + 1
         return w - self.lr * u.reshape(w.shape)
+
+    def _as_kept(self, x: Tensor) -> Tensor:
+        """Rounded to what the state can hold."""
+        return x.to(self.state_dtype).to(torch.float64)
 
     def _at_least_what_adam_could_have(self, v: Tensor, m: Tensor, updates: int) -> Tensor:
         """V, or M**2 / c where that is more: in a fixed basis Cauchy-Schwarz gives M**2 <= c V.
@@ -337,5 +347,6 @@ class OracleSOAP:
         else:
             s["V"] = v_permuted
         s["V"] = self._at_least_what_adam_could_have(s["V"], s["M"], i - 1)
-        s["Q"] = new
+        s["M"] = self._as_kept(s["M"])
+        s["Q"] = {axis: self._as_kept(basis) for axis, basis in new.items()}
         s["refresh_step"] = i

@@ -34,7 +34,8 @@ def check_parameters(groups: Sequence[dict[str, Any]], grids: Grids) -> None:
                 lines.setdefault(grid, []).append(
                     f"{name_of(group, index)} in group {number}: shape {tuple(parameter.shape)}, {parameter.dtype}, "
                     f"requires_grad={parameter.requires_grad}, preconditioned axes {layout.axes} of {layout.shape}, "
-                    f"precondition_frequency {period}"
+                    f"precondition_frequency {period}, pack_factors={group['pack_factors']}, "
+                    f"state_dtype={group['state_dtype']}"
                 )
     for grid, description in lines.items():
         require_same(grid, "parameters", description)
@@ -108,14 +109,14 @@ def first_unusable_gradient(group: dict[str, Any], places: Mapping[Tensor, Place
         place = places.get(parameter)
         if place is not None:
             shared.setdefault(place.grid, []).append((index, norm))
-        elif not bool(is_usable(norm)):
+        elif not bool(is_usable(norm, group["state_dtype"])):
             unusable.append(index)
     for grid, norms in shared.items():
         squares = torch.stack([norm.double().square() for _, norm in norms])
         if grid.row_group is not None:
             dist.all_reduce(squares, group=grid.row_group)
         whole = [root.to(norm.dtype) for root, (_, norm) in zip(squares.sqrt(), norms, strict=True)]
-        bad = torch.stack([~is_usable(norm) for norm in whole]).to(torch.int32)
+        bad = torch.stack([~is_usable(norm, group["state_dtype"]) for norm in whole]).to(torch.int32)
         dist.all_reduce(bad, group=grid.everyone)
         unusable += [index for (index, _), count in zip(norms, bad.tolist(), strict=True) if count]
     return min(unusable, default=None)

@@ -57,7 +57,7 @@ def updates_of(run: Run, group: dict[str, Any], timetable: Timetable, skipped: l
     if group["nonfinite"] != "skip":
         yield _update(run, grad, group, timetable)
         return
-    finite = is_usable(run.norms(grad))
+    finite = is_usable(run.norms(grad), group["state_dtype"])
     if state.masks_on(grad.device):
         run.counters("skipped_steps").add_(~finite)
         skipped.append(~finite)
@@ -92,9 +92,10 @@ def _update(
         if _refresh_if_due(run, group, timetable, finite):
             bases = run.matrices("Q")
             grad = kronecker.project(grad, bases)
+    exp_avg = run.moment("exp_avg")
     direction = adam_direction(
         grad,
-        run.moment("exp_avg"),
+        exp_avg,
         run.moment("exp_avg_sq"),
         step=run.step + 1,
         betas=group["betas"],
@@ -103,6 +104,7 @@ def _update(
         use_nesterov=group["use_nesterov"],
         finite=None if finite is None else run.spread(finite),
     )
+    run.keep("exp_avg", exp_avg)
     if bases is not None:
         direction = kronecker.project_back(direction, bases)
     if group["max_update_rms"] > 0:
@@ -152,6 +154,7 @@ def _update_factors(run: Run, grad: Tensor, group: dict[str, Any], finite: Tenso
         kronecker.update_factors_kl(factors, grad, beta, bases, group["eps"], finite=finite)
     else:
         kronecker.update_factors(factors, grad, beta, finite)
+    run.keep_matrices("GG", factors)
 
 
 def _refresh_if_due(run: Run, group: dict[str, Any], timetable: Timetable, finite: Tensor | None) -> bool:
@@ -172,8 +175,7 @@ def _refresh_if_due(run: Run, group: dict[str, Any], timetable: Timetable, finit
         return False
     # A zero factor has no eigenbasis: layers behind a zero-initialised one, and tensors whose first gradient was
     # skipped, wait for their first gradient. eigh waits for the device anyway. A tensor's factors are zero together.
-    factor = next(matrix for matrix in run.matrices("GG") if matrix is not None)
-    alive = factor.flatten(1).any(1)
+    alive = run.kept(f"GG_{layout.axes[0]}").flatten(1).any(1)
     wanted = (alive if finite is None else alive & finite).tolist()
     for start, stop in stretches(wanted):
         if wanted[start]:
@@ -184,6 +186,10 @@ def _refresh_if_due(run: Run, group: dict[str, Any], timetable: Timetable, finit
 def _refresh(run: Run, group: dict[str, Any], axes: tuple[int, ...], finite: Tensor | None) -> None:
     """Refreshes these axes' bases of all neighbours, except where ``finite`` is false."""
     exp_avg, exp_avg_sq, bases = run.moment("exp_avg"), run.moment("exp_avg_sq"), run.matrices("Q")
+
+    def where_finite(new: Tensor, old: Tensor) -> Tensor:
+        return new if finite is None else torch.where(along_stack(finite, old), new, old)
+
     refreshed = refresh_eigenbasis_and_moments(
         run.matrices("GG"),
         bases if run.based else None,
@@ -197,21 +203,25 @@ def _refresh(run: Run, group: dict[str, Any], axes: tuple[int, ...], finite: Ten
         matmul_precision=group["qr_fp32_matmul_prec"],
     )
     new_exp_avg_sq = raise_to_floor(refreshed.exp_avg_sq, refreshed.exp_avg, run.step, group["betas"])
-    old_tensors = [exp_avg, exp_avg_sq, *bases]
-    new_tensors = [refreshed.exp_avg, new_exp_avg_sq, *refreshed.bases]
-    for old, new in zip(old_tensors, new_tensors, strict=True):
-        if old is not None and new is not None:
-            old.copy_(new if finite is None else torch.where(along_stack(finite, old), new, old))
+    run.keep("exp_avg", where_finite(refreshed.exp_avg, exp_avg))
+    run.keep("exp_avg_sq", where_finite(new_exp_avg_sq, exp_avg_sq))
+    pairs = zip(refreshed.bases, bases, strict=True)
+    run.keep_matrices("Q", [None if n is None or o is None else where_finite(n, o) for n, o in pairs])
     run.counters("failed_refreshes").add_(refreshed.failed if finite is None else refreshed.failed & finite)
     run.counters("refresh_step").fill_(run.step + 1)
 
 
-def is_usable(norms: Tensor) -> Tensor:
+def is_usable(norms: Tensor, state_dtype: torch.dtype | None) -> Tensor:
     """Whether gradients with these norms are finite and so are the sums of their squares: boolean, like ``norms``.
 
-    An entry that overflows when squared would set its second moment to Inf and freeze its weight for good.
+    An entry that overflows when squared would set its second moment to Inf and freeze its weight for good. So would a
+    float64 gradient a first moment that is kept in ``state_dtype``, if it overflowed that; half of its range leaves
+    room for the rounding of a basis.
     """
-    usable: Tensor = norms < torch.finfo(norms.dtype).max ** 0.5  # false for NaN too
+    limit = torch.finfo(norms.dtype).max ** 0.5
+    if state_dtype is not None:
+        limit = min(limit, torch.finfo(state_dtype).max / 2)
+    usable: Tensor = norms < limit  # false for NaN too
     return usable
 
 

@@ -3,7 +3,9 @@
 Parameters with the same layout, working dtype and device are one stacked problem ``(B, d_1, .., d_N)``; the batched
 kernels then do in one call what would be B calls. Parameters without a preconditioned axis are laid end to end in one
 vector, since Adam is elementwise. Either way the state tensors of a parameter are views into the bucket's storage:
-nothing is copied to batch it, and ``state_dict()`` sees ordinary per-parameter tensors.
+nothing is copied to batch it, and ``state_dict()`` sees ordinary per-parameter tensors. State that is kept smaller than
+the arithmetic wants it (``pack_factors``, ``state_dtype``) is expanded for one run at a time, which bounds what that
+takes, and put back.
 
 Which parameters share a bucket, and in which order, depends only on the group's parameter list and on which of them
 have state. A run that is resumed from a checkpoint therefore forms the same buckets, and rounds alike.
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emerging_optimizers.soap.layout import Layout, layout_for
+from emerging_optimizers.soap.packing import pack, unpack
 from emerging_optimizers.soap.placement import Grid, Place, local_tensor
 from emerging_optimizers.soap.state import HOST_KEYS, init_state, working_dtype
 
@@ -40,6 +43,8 @@ class Kind(NamedTuple):
         grid: The processes that hold them, if it is several.
         pieces: Whether a process holds but pieces of them: the whole gradients of a layout's members are then brought
             to their owner, and the members of a flat bucket are these pieces.
+        pack_factors: Whether factors are kept packed.
+        state_dtype: In which first moments and bases are kept; None: the working dtype.
     """
 
     layout: Layout | None
@@ -47,6 +52,8 @@ class Kind(NamedTuple):
     device: torch.device
     grid: Grid | None
     pieces: bool
+    pack_factors: bool
+    state_dtype: torch.dtype | None
 
 
 class Bucket:
@@ -60,8 +67,9 @@ class Bucket:
     Attributes:
         tensors: What this process has of each: the parameter itself, or a DTensor's local tensor. For members whose
             gradients are brought here the DTensor, which is only asked for its shape.
-        stacks: Per key of the state the storage: (B,) for counters, (B, d_1, .., d_N) for moments, (B, d, d) for
-            factors and bases; the moments of a flat bucket are one vector.
+        stacks: Per key of the state the storage, in the shape and dtype in which it is kept: (B,) for counters,
+            (B, d_1, .., d_N) for moments, (B, d, d) for factors and bases, (B, d (d + 1) / 2) for packed factors; the
+            moments of a flat bucket are one vector.
     """
 
     def __init__(self, kind: Kind, members: Sequence[tuple[int, Tensor]], states: Sequence[dict[str, Any]]) -> None:
@@ -78,7 +86,7 @@ class Bucket:
         self.stacks: dict[str, Tensor] = {}
         self._views: list[dict[str, Tensor]] = [{} for _ in members]
         one: dict[str, Tensor] = {}
-        init_state(one, self.tensors[0], layout or NO_AXIS)
+        init_state(one, self.tensors[0], layout or NO_AXIS, kind.pack_factors, kind.state_dtype)
         for key, fresh in one.items():
             elementwise = layout is None and key not in (*HOST_KEYS, "skipped_steps")
             if elementwise:
@@ -173,20 +181,52 @@ class Run:
         """``step`` and the like, (B,)."""
         return self.bucket.stacks[key][self.start : self.stop]
 
-    def moment(self, key: str) -> Tensor:
-        """``exp_avg`` or ``exp_avg_sq``, shaped like what :meth:`join` makes."""
+    def kept(self, key: str) -> Tensor:
+        """State as it is kept, a view: factors may be packed, and the dtype may not be the working one."""
         stack = self.bucket.stacks[key]
         if self.layout is not None:
             return stack[self.start : self.stop]
         return stack[self.bucket.offsets[self.start] : self.bucket.offsets[self.stop]]
 
+    def moment(self, key: str) -> Tensor:
+        """``exp_avg`` or ``exp_avg_sq`` in the working dtype, shaped like what :meth:`join` makes.
+
+        Whoever changes it in place must hand it to :meth:`keep`: it is a view of the state or a copy.
+        """
+        return self.kept(key).to(self.bucket.dtype)
+
     def matrices(self, kind: str) -> list[Tensor | None]:
-        """The factors ("GG") or bases ("Q") per axis of the working shape, (B, d, d); None for an axis without one."""
+        """The factors ("GG") or bases ("Q") per axis of the working shape; None for an axis without one.
+
+        (B, d, d) in the working dtype. As for :meth:`moment`, they are views or copies.
+        """
         layout = self.layout or NO_AXIS
-        return [
-            self.bucket.stacks[f"{kind}_{k}"][self.start : self.stop] if k in layout.axes else None
-            for k in range(len(layout.shape))
-        ]
+        return [self._matrix(kind, axis) if axis in layout.axes else None for axis in range(len(layout.shape))]
+
+    def _matrix(self, kind: str, axis: int) -> Tensor:
+        kept = self.kept(f"{kind}_{axis}")
+        if kind == "GG" and self.bucket.kind.pack_factors:
+            return unpack(kept, (self.layout or NO_AXIS).shape[axis])
+        return kept.to(self.bucket.dtype)
+
+    def keep(self, key: str, value: Tensor) -> None:
+        """Puts back what :meth:`moment` gave or what replaces it; rounds it if it is kept in another dtype.
+
+        Nothing is done where the value was changed in place and is the state itself.
+        """
+        kept = self.kept(key)
+        if kept.data_ptr() != value.data_ptr():
+            kept.copy_(value)
+
+    def keep_matrices(self, kind: str, matrices: Sequence[Tensor | None]) -> None:
+        """:meth:`keep`, for what :meth:`matrices` gave or what replaces it."""
+        for axis, matrix in enumerate(matrices):
+            if matrix is None:
+                continue
+            if kind == "GG" and self.bucket.kind.pack_factors:
+                pack(matrix, out=self.kept(f"{kind}_{axis}"))
+            else:
+                self.keep(f"{kind}_{axis}", matrix)
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors shaped like the parameters as one stack (B, d_1, .., d_N), or vector, in the working dtype.
@@ -261,7 +301,15 @@ def chunks_of(
             layout = layout_for(parameter, group)
             grid, owner = places.get(parameter, (None, None))
             pieces = grid is not None and grid.columns > 1
-            kind = Kind(layout if layout.axes else None, working_dtype(parameter), parameter.device, grid, pieces)
+            kind = Kind(
+                layout if layout.axes else None,
+                working_dtype(parameter),
+                parameter.device,
+                grid,
+                pieces,
+                group["pack_factors"],
+                group["state_dtype"],
+            )
             found.setdefault((kind, owner), []).append((index, parameter))
     for (kind, owner), members in found.items():
         for chunk in _chunks(kind.layout, members):

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from emerging_optimizers.soap.layout import layout_for
 from emerging_optimizers.soap.options import name_of, validate_options
 from emerging_optimizers.soap.ownership import place_parameters
+from emerging_optimizers.soap.packing import pack
 from emerging_optimizers.soap.placement import Grids, Place
 from emerging_optimizers.soap.shared_state import held_part
-from emerging_optimizers.soap.state import HOST_KEYS, init_state, working_dtype
+from emerging_optimizers.soap.state import HOST_KEYS, meta_state
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +86,11 @@ def load_exactly(
 
     def check(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
         _check_structure(final)
-        final = {**final, "param_groups": _groups_to_load(optimizer, final["param_groups"])}
-        live = zip(final["param_groups"], optimizer.param_groups, strict=True)
+        groups = _groups_to_load(optimizer, final["param_groups"])
+        live = zip(groups, optimizer.param_groups, strict=True)
         places.update(place_parameters([{**options, "params": g["params"]} for options, g in live], grids, {}))
-        loaded.update(_states_to_load(optimizer, final, places))
-        return final
+        loaded.update(_states_to_load(optimizer, final, groups, places))
+        return {**final, "param_groups": groups}
 
     def restore(_: Optimizer) -> None:
         for parameter, state in loaded.items():
@@ -179,27 +179,32 @@ def _groups_to_load(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) ->
 
 
 def _states_to_load(
-    optimizer: Optimizer, final: dict[str, Any], places: Mapping[Tensor, Place]
+    optimizer: Optimizer, final: dict[str, Any], groups: list[dict[str, Any]], places: Mapping[Tensor, Place]
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Parameter and new state for each state that was saved: copies, with the dtype and device that they must have."""
-    saved_ids = chain.from_iterable(group["params"] for group in final["param_groups"])
+    saved_ids = chain.from_iterable(group["params"] for group in groups)
     members = (
-        (parameter, options, name_of(live, index))
-        for live, options in zip(optimizer.param_groups, final["param_groups"], strict=True)
+        (parameter, options, "pack_factors" in saved_group, name_of(live, index))
+        for live, options, saved_group in zip(optimizer.param_groups, groups, final["param_groups"], strict=True)
         for index, parameter in enumerate(live["params"])
     )
-    for saved_id, (parameter, options, name) in zip(saved_ids, members, strict=True):
+    for saved_id, (parameter, options, knows_packing, name) in zip(saved_ids, members, strict=True):
         saved = final["state"].get(saved_id)
         if saved:
-            yield parameter, _state_to_load(parameter, options, saved, name, places.get(parameter))
+            place = places.get(parameter)
+            yield parameter, _state_to_load(parameter, options, saved, name, knows_packing, place)
 
 
 def _state_to_load(
-    parameter: Tensor, options: dict[str, Any], saved: dict[str, Any], name: str, place: Place | None
+    parameter: Tensor,
+    options: dict[str, Any],
+    saved: dict[str, Any],
+    name: str,
+    knows_packing: bool,
+    place: Place | None,
 ) -> dict[str, Tensor]:
-    layout = layout_for(parameter, options)
-    wanted: dict[str, Any] = {}
-    init_state(wanted, torch.empty(parameter.shape, dtype=working_dtype(parameter), device="meta"), layout)
+    """The state of one parameter; packed here if it is from before factors could be (``knows_packing`` is false)."""
+    wanted = meta_state(parameter, {**options, "pack_factors": options["pack_factors"] and knows_packing})
     unknown = [key for key in saved if key not in wanted]
     missing = [key for key in wanted if key not in saved and key not in LATER_KEYS]
     if unknown or missing:
@@ -233,6 +238,8 @@ def _state_to_load(
                 raise ValueError(f"the loaded state {key!r} of {name} must be an integer >= 0, got {number}")
         part = held_part(value.detach(), key, parameter, place)
         state[key] = part.to(device, template.dtype, copy=True, memory_format=torch.contiguous_format)
+    if options["pack_factors"] and not knows_packing and (place is None or place.mine):
+        state |= {key: pack(value.unsqueeze(0))[0] for key, value in state.items() if key.startswith("GG_")}
     if "refresh_step" in counts and counts["refresh_step"] > counts["step"]:
         raise ValueError(
             f"the loaded state 'refresh_step' of {name} must not be after 'step' ({counts['step']:g}), got "

@@ -13,6 +13,7 @@ from torch import Tensor
 from emerging_optimizers.mixin import WeightDecayMixin
 from emerging_optimizers.precision import MATMUL_PRECISIONS
 from emerging_optimizers.soap.refresh import SECOND_MOMENT_REFRESHES
+from emerging_optimizers.soap.state import STATE_DTYPES
 
 NONFINITE_POLICIES = ("skip", "raise", "propagate")
 
@@ -31,6 +32,7 @@ _FLAGS = (
     "maximize",
     "merge_dims",
     "stagger_updates",
+    "pack_factors",
 )
 _CHOICES = {
     "fp32_matmul_prec": tuple(MATMUL_PRECISIONS),
@@ -83,6 +85,12 @@ def validate_options(options: dict[str, Any]) -> None:
     for name, choices in _CHOICES.items():
         if not isinstance(options[name], str) or options[name] not in choices:
             raise ValueError(f"Invalid {name}: {options[name]!r} (wanted one of {choices})")
+    state_dtype = options["state_dtype"]
+    if state_dtype is not None:
+        if not isinstance(state_dtype, torch.dtype):
+            raise TypeError(f"Invalid state_dtype: {state_dtype!r} (wanted None or one of {STATE_DTYPES})")
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"Invalid state_dtype: {state_dtype} (wanted None or one of {STATE_DTYPES})")
 
 
 def refresh_frequency(frequency: int | Callable[[int], int], step: int) -> int:

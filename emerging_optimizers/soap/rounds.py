@@ -21,7 +21,6 @@ from emerging_optimizers.soap.algorithm import Update, apply, apply_to_piece, up
 from emerging_optimizers.soap.buckets import CHUNK_ELEMENTS, Bucket, Kind, chunks_of, form_buckets
 from emerging_optimizers.soap.exchange import Spec, Transfer, all_to_all, broadcast
 from emerging_optimizers.soap.incidents import count_skips
-from emerging_optimizers.soap.layout import layout_for
 from emerging_optimizers.soap.placement import Grid, Piece, Place, local_grad, local_tensor, pieces, shape_of
 from emerging_optimizers.soap.state import init_elsewhere, working_dtype
 from emerging_optimizers.soap.timing import Timetable
@@ -240,7 +239,7 @@ class Plan:
         for _, parameter in chunk:
             state = states[parameter]
             if not state:
-                init_elsewhere(state, parameter, layout_for(parameter, group))
+                init_elsewhere(state, parameter, group)
             self._elsewhere.append((parameter, state["step"]))
 
     def step(self, groups: Sequence[Group], states: Mapping[Tensor, dict[str, Any]]) -> None:

@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from emerging_optimizers.soap.buckets import CHUNK_ELEMENTS
 from emerging_optimizers.soap.exchange import Spec, all_to_all, spec_of
-from emerging_optimizers.soap.layout import layout_for
 from emerging_optimizers.soap.placement import Grid, Place, is_dtensor, pieces
-from emerging_optimizers.soap.state import HOST_KEYS, init_state
+from emerging_optimizers.soap.state import HOST_KEYS, meta_state
 
 State = dict[str, Any]
 
@@ -44,10 +42,7 @@ def share_states(
                 continue
             place = places.get(parameter)
             if place is not None and place.owner is not None:
-                wanted: State = {}
-                layout = layout_for(parameter, group)
-                init_state(wanted, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), layout)
-                owned.setdefault(place.grid, []).append((parameter, place.owner, wanted))
+                owned.setdefault(place.grid, []).append((parameter, place.owner, meta_state(parameter, group)))
             elif is_dtensor(parameter):
                 shared[parameter] = {
                     key: _like(parameter, value) if key.startswith("exp_avg") else value for key, value in state.items()

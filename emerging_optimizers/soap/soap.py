@@ -99,6 +99,15 @@ class SOAP(WeightDecayMixin, Optimizer):
         stagger_updates: Spread the refreshes over the period, so that all steps take about as long. Every axis of every
             tensor is still refreshed each ``precondition_frequency`` steps; in which of them follows from the
             parameter list. Without it all are refreshed in the same step.
+        pack_factors: Keep each symmetric Kronecker factor as one triangle, and expand it while it is worked on. Halves
+            the factors' memory; results differ by the rounding by which a factor's two triangles differ. Costs a copy
+            of the factor out and in again per step. Cannot change after the first step.
+        state_dtype: In which the first moment and the eigenbases are kept: ``torch.bfloat16`` halves their memory,
+            None is the working dtype, and ``torch.float32`` is for float64 parameters. The arithmetic stays in the
+            working dtype, for which a copy is made at each step, and what is kept is rounded once when it is stored.
+            A bfloat16 first moment stands still where a step would change it by less than 0.2 to 0.4%, so ``betas[0]``
+            must stay well below 0.996. The adaptive criterion sees the rounding of a basis, about 1e-3, which is what
+            its tolerance should then be at least.
         process_group: The processes that hold every plain tensor among the parameters, with the same gradients, as DDP
             leaves them: a process group or a mesh of one dimension. Each matrix is then worked on, and its state kept,
             by one of them, which sends the others its new weights. DTensors (FSDP2, HSDP, tensor parallelism) bring
@@ -109,10 +118,12 @@ class SOAP(WeightDecayMixin, Optimizer):
     the parameter and held in the eigenbasis once there is one; ``skipped_steps``, 0-D int64. Preconditioned tensors
     also have ``refresh_step``, the value of ``step`` after the last refresh that was due, 0 before the first;
     ``failed_refreshes``, 0-D int64, those in which a decomposition failed for good and the last good basis stayed; and
-    for each preconditioned axis k of the working shape ``GG_k`` and ``Q_k``, (d_k, d_k). They are views into stacks
-    that parameters share: clone them before saving the state of a single one. What was skipped or failed is logged once
-    per kind and counted for the process in ``emerging_optimizers.soap.incidents``. Where another process works on a
-    parameter, all but ``step`` are empty tensors here; ``state_dict`` has them whole.
+    for each preconditioned axis k of the working shape ``GG_k`` and ``Q_k``, (d_k, d_k); packed, ``GG_k`` is
+    (d_k (d_k + 1) / 2,), see ``emerging_optimizers.soap.packing``. ``exp_avg`` and ``Q_k`` are in ``state_dtype``, all
+    else but the counters in the working dtype. They are views into stacks that parameters share: clone them before
+    saving the state of a single one. What was skipped or failed is logged once per kind and counted for the process in
+    ``emerging_optimizers.soap.incidents``. Where another process works on a parameter, all but ``step`` are empty
+    tensors here; ``state_dict`` has them whole.
 
     Raises:
         TypeError: An option has the wrong type.
@@ -172,6 +183,8 @@ class SOAP(WeightDecayMixin, Optimizer):
         second_moment_refresh: str = "rank",
         nonfinite: str = "skip",
         stagger_updates: bool = False,
+        pack_factors: bool = False,
+        state_dtype: torch.dtype | None = None,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -201,6 +214,8 @@ class SOAP(WeightDecayMixin, Optimizer):
             "second_moment_refresh": second_moment_refresh,
             "nonfinite": nonfinite,
             "stagger_updates": stagger_updates,
+            "pack_factors": pack_factors,
+            "state_dtype": state_dtype,
         }
         validate_options(defaults)
         self._grids = Grids(process_group)
@@ -245,7 +260,8 @@ class SOAP(WeightDecayMixin, Optimizer):
 
         The saved options replace the optimizer's own, but for a ``precondition_frequency`` that is or was a callable:
         there the optimizer's own is kept, with a warning if only one of the two is a callable. A state without
-        entries, or from before an option existed, is accepted.
+        entries, or from before an option existed, is accepted; the optimizer's own ``pack_factors`` and
+        ``state_dtype`` are then applied to it.
 
         Args:
             state_dict: As returned by :meth:`state_dict`.
@@ -319,15 +335,12 @@ class SOAP(WeightDecayMixin, Optimizer):
         """Raises what a step could raise about a parameter, before it changes anything."""
         for index, parameter in enumerate(group["params"]):
             state, layout = self.state.get(parameter, {}), layout_for(parameter, group)
-            if (
-                "step" in state
-                and not is_elsewhere(state)
-                and not fits(state, layout, parameter if layout.axes else local_tensor(parameter))
-            ):
+            held = parameter if layout.axes else local_tensor(parameter)
+            if "step" in state and not is_elsewhere(state) and not fits(state, layout, held, group["pack_factors"]):
                 raise RuntimeError(
                     f"The state of {name_of(group, index)} has another shape or other preconditioned axes than its "
-                    "shape, max_precond_dim, merge_dims and precondition_1d now give; they cannot change after the "
-                    "first step"
+                    "shape, max_precond_dim, merge_dims, precondition_1d and pack_factors now give; they cannot change "
+                    "after the first step"
                 )
             grad = parameter.grad
             if grad is None:

@@ -83,6 +83,8 @@ SOAP_INVALID: dict[str, tuple[Any, str]] = {
     "second_moment_refresh": ("rotate", "Invalid second_moment_refresh: 'rotate'"),
     "nonfinite": ("ignore", "Invalid nonfinite: 'ignore'"),
     "stagger_updates": (1, "Invalid stagger_updates: 1"),
+    "pack_factors": (1, "Invalid pack_factors: 1"),
+    "state_dtype": (torch.float16, "Invalid state_dtype: torch.float16"),
 }
 
 

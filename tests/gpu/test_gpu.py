@@ -34,7 +34,9 @@ def no_sync() -> Iterator[None]:
 
 @pytest.mark.parametrize("spoiled", [False, True])
 @pytest.mark.parametrize("lr", ["number", "CPU tensor", "GPU tensor"])
-@pytest.mark.parametrize("mode", ["default", "kl", "1-D", "merged", "clipped", "l2", "staggered", "adamw"])
+@pytest.mark.parametrize(
+    "mode", ["default", "kl", "1-D", "merged", "clipped", "l2", "staggered", "adamw", "packed, bfloat16"]
+)
 @pytest.mark.usefixtures("no_sync")
 def test_a_step_without_a_refresh_waits_for_nothing(mode: str, lr: str, spoiled: bool) -> None:
     rate = {"number": 1e-3, "CPU tensor": torch.tensor(1e-3), "GPU tensor": torch.tensor(1e-3, device="cuda")}[lr]
@@ -55,7 +57,8 @@ def test_a_step_without_a_refresh_waits_for_nothing(mode: str, lr: str, spoiled:
     assert int(optimizer.state[parameters[0]]["skipped_steps"]) == 3 * spoiled
 
 
-@pytest.mark.parametrize("mode", MODES)
+# The basis of a null space is arbitrary, and rounded to bfloat16 it lets through what an exact one does not.
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "packed, bfloat16"])
 def test_a_gpu_does_what_the_cpu_does(mode: str) -> None:
     options = {"lr": 1e-2, **MODES[mode], "eps": 1e-4}
     here, there = parameters_on("cpu", torch.float64), parameters_on("cuda", torch.float64)

@@ -21,6 +21,7 @@ PAGE = 4096
 MODES = {
     "default": ({}, False),
     "masks, bfloat16": ({"weight_decay_method": "l2", "max_update_rms": 1.0, "precondition_1d": True}, True),
+    "packed, 16-bit state": ({"pack_factors": True, "state_dtype": torch.bfloat16, "precondition_frequency": 3}, False),
     "kl, eigh, schedule": (
         {
             "use_kl_shampoo": True,

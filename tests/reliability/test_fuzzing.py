@@ -58,7 +58,7 @@ choices = {
     "nonfinite": ["skip", "raise", "propagate"],
 }
 flags = ["use_nesterov", "precondition_1d", "correct_bias", "use_eigh", "use_adaptive_criteria", "use_kl_shampoo"]
-flags += ["maximize", "merge_dims", "stagger_updates"]
+flags += ["maximize", "merge_dims", "stagger_updates", "pack_factors"]
 OPTIONS: dict[str, st.SearchStrategy] = {
     "lr": st.one_of(
         st.floats(0.0, 1.0),
@@ -77,6 +77,7 @@ OPTIONS: dict[str, st.SearchStrategy] = {
     "max_update_rms": st.one_of(st.floats(0.0, 10.0), st.just(1)),
     "correct_shampoo_beta_bias": st.sampled_from([None, False, True]),
     "max_precond_dim": st.one_of(st.integers(0, 12), st.just(10**30)),
+    "state_dtype": st.sampled_from([None, torch.float32, torch.bfloat16]),
     **{name: st.sampled_from(values) for name, values in choices.items()},
     **{name: st.booleans() for name in flags},
 }
@@ -257,6 +258,7 @@ SPOILED: dict[str, list[Any]] = {
     "max_update_rms": [*not_numbers, *NUMBERS],
     "correct_shampoo_beta_bias": [value for value in FLAG_VALUES if value is not None],
     "max_precond_dim": INTEGER_VALUES,
+    "state_dtype": [v for v in CHOICE_VALUES if v is not None] + [torch.float16, torch.float64, torch.int8, "bfloat16"],
     **dict.fromkeys(flags, FLAG_VALUES),
     **dict.fromkeys(choices, CHOICE_VALUES),
 }
@@ -381,6 +383,7 @@ CHECKPOINT_MODES: dict[str, dict] = {
     "warm-up": {"adam_warmup_steps": 20},
     "schedule, merged": {"precondition_frequency": LinearFrequency(1, 3, 4), "merge_dims": True},
     "adamw": {"max_precond_dim": 0},
+    "packed, bfloat16": {"pack_factors": True, "state_dtype": torch.bfloat16},
 }
 
 

@@ -183,7 +183,7 @@ def test_something_else_than_a_state_dict_is_refused() -> None:
 
 
 @pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize("mode", ["default", "warm-up", "kl, 1-D, eigh", "merged", "independent"])
+@pytest.mark.parametrize("mode", ["default", "warm-up", "kl, 1-D, eigh", "merged", "independent", "packed, bfloat16"])
 def test_distributed_checkpoint_state_dicts_go_there_and_back(mode: str, flatten: bool) -> None:
     model, optimizer = trained(**MODES[mode])
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)

@@ -9,6 +9,7 @@ refreshes); everywhere else the oracle's own basis is used. In float32 it happen
 eigenvector moves by roundoff / gap, which is no error of the optimizer.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap import state as state_module
 from emerging_optimizers.soap.layout import layout_for
+from emerging_optimizers.soap.packing import unpack
 from emerging_optimizers.soap.timing import refresh_offsets
 from tests.oracle import OracleSOAP, preconditioned_axes, working_shape
 from tests.unit.pairwise import all_pairs, covered_pairs, pairwise_design
@@ -65,6 +67,7 @@ LEVELS = {
     "maximize": [False, True],
     "second_moment_refresh": ["rank", "kronecker"],
     "stagger_updates": [False, True],
+    "pack_factors": [False, True],
 }
 MATTERS_TO_ADAM = [
     "shape",
@@ -109,6 +112,7 @@ def options_of(case: Mapping) -> dict:
         "maximize",
         "second_moment_refresh",
         "stagger_updates",
+        "pack_factors",
     ]
     correct_bias, correct_shampoo_beta_bias = case["bias"]
     return {name: case[name] for name in same} | {
@@ -250,7 +254,10 @@ class Pair:
             assert float(state["refresh_step"]) == s["refresh_step"]
         assert {name for name in state if name.startswith("GG_")} == {f"GG_{axis}" for axis in s["K"]}
         for axis, factor in s["K"].items():
-            gap = (state[f"GG_{axis}"].to(torch.float64) - factor).abs().max() / factor.abs().max().clamp(min=1e-30)
+            theirs = state[f"GG_{axis}"].to(torch.float64)
+            if self.options["pack_factors"]:
+                theirs = unpack(theirs.unsqueeze(0), len(factor))[0]
+            gap = (theirs - factor).abs().max() / factor.abs().max().clamp(min=1e-30)
             assert gap <= GAP[self.dtype], f"factors {axis} of tensor {index} are {gap:.1e} apart"
 
 
@@ -356,6 +363,31 @@ def test_the_default_eps_equals_the_oracle_where_the_factors_have_full_rank(path
     for grads in anisotropic_gradients(shapes, seed=2):
         pair.step(grads)
     assert pair.oracle.events["adopted"] == 0
+
+
+@pytest.mark.parametrize("path", ["qr", "eigh"])
+@pytest.mark.parametrize("refresh", ["rank", "kronecker"])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_state_that_is_rounded_equals_the_oracle_that_rounds(path: str, refresh: str, state_dtype: torch.dtype) -> None:
+    # Float64 arithmetic, so that nothing but an exact tie is rounded otherwise; no short decimal for a beta, which
+    # makes ties of float32 gradients; full rank as above, so that every basis is the oracle's own.
+    shapes = [SHAPES["2-D tall"], SHAPES["2-D tall"], SHAPES["3-D"], SHAPES["1-D"]]
+    options = base_options(
+        adam_warmup_steps=4,
+        precondition_frequency=3,
+        use_eigh=path == "eigh",
+        second_moment_refresh=refresh,
+        betas=(math.pi / 3.5, 0.95),
+    )
+    pair = Pair(shapes, options | {"state_dtype": state_dtype, "use_nesterov": True}, torch.float64)
+    exact = Pair(shapes, options | {"use_nesterov": True}, torch.float64)
+    for grads in anisotropic_gradients(shapes, seed=8):
+        pair.step(grads)
+        exact.step(grads)
+    assert pair.oracle.events["adopted"] == 0
+    for rounded, other, start in zip(pair.params, exact.params, starting_weights(shapes), strict=True):
+        moved = (other.detach() - start).norm()
+        assert 1e-9 < (rounded.detach() - other.detach()).norm() / moved < 0.1
 
 
 @pytest.mark.parametrize("path", ["qr", "eigh"])

@@ -42,6 +42,8 @@ OWN_SOAP_OPTIONS = {
     "second_moment_refresh": "rank",
     "nonfinite": "skip",
     "stagger_updates": False,
+    "pack_factors": False,
+    "state_dtype": None,
     "process_group": None,
 }
 

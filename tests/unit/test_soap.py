@@ -39,6 +39,8 @@ MODES = {
     "propagate": {"nonfinite": "propagate"},
     "clipped": {"max_update_rms": 0.5},
     "staggered": {"stagger_updates": True, "precondition_frequency": 5},
+    "packed": {"pack_factors": True},
+    "packed, bfloat16": {"pack_factors": True, "state_dtype": torch.bfloat16, "precondition_frequency": 3},
 }
 
 COUNTERS = ("step", "refresh_step", "skipped_steps", "failed_refreshes")
@@ -325,8 +327,9 @@ def test_a_frequency_is_not_asked_where_it_decides_nothing() -> None:
     ("change", "error", "message"),
     [
         ({"max_precond_dim": 0}, RuntimeError, "state of parameter 0 .* cannot change after the first step"),
-        ({"max_precond_dim": 3}, RuntimeError, "max_precond_dim, merge_dims and precondition_1d"),
+        ({"max_precond_dim": 3}, RuntimeError, "max_precond_dim, merge_dims, precondition_1d and pack_factors"),
         ({"merge_dims": True}, RuntimeError, "cannot change after the first step"),
+        ({"pack_factors": True}, RuntimeError, "pack_factors now give; they cannot change after the first step"),
         ({"fp32_matmul_prec": "tf32"}, ValueError, "Invalid fp32_matmul_prec: 'tf32'"),
         ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
     ],
@@ -461,6 +464,8 @@ INVALID = {
     "second_moment_refresh": [("rotate", ValueError)],
     "nonfinite": [("ignore", ValueError)],
     "stagger_updates": [(1, TypeError)],
+    "pack_factors": [(1, TypeError)],
+    "state_dtype": [(torch.float16, ValueError), (torch.float64, ValueError), ("bfloat16", TypeError)],
 }
 CALLED = {"lr": "learning rate|Tensor lr", "betas": "beta", "eps": "epsilon"}
 
