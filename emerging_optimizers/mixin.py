@@ -106,7 +106,10 @@ class WeightDecayMixin:
     def decay_weights_(weights: Sequence[Tensor], group: dict[str, Any]) -> None:
         """:meth:`decay_weight_` for many weights of one dtype, float32 or float64, on one device at once."""
         if group["weight_decay_method"] != "l2" and group["weight_decay"] != 0:
-            torch._foreach_mul_(list(weights), 1 - _decay_rate(group, weights[0]))
+            kept = 1 - _decay_rate(group, weights[0])
+            if weights[0].device.type == "cpu" and not isinstance(kept, Tensor):
+                kept = torch.tensor(kept, dtype=weights[0].dtype, device="cpu")  # a number is wrapped anew per weight
+            torch._foreach_mul_(list(weights), kept)
 
 
 def _decay_rate(group: dict[str, Any], like: Tensor) -> float | Tensor:

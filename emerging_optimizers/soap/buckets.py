@@ -67,6 +67,7 @@ class Bucket:
     Attributes:
         tensors: What this process has of each: the parameter itself, or a DTensor's local tensor. For members whose
             gradients are brought here the DTensor, which is only asked for its shape.
+        plain: Whether the members have the working shape, so that nothing is folded.
         stacks: Per key of the state the storage, in the shape and dtype in which it is kept: (B,) for counters,
             (B, d_1, .., d_N) for moments, (B, d, d) for factors and bases, (B, d (d + 1) / 2) for packed factors; the
             moments of a flat bucket are one vector.
@@ -83,6 +84,7 @@ class Bucket:
         self.offsets = [0, *accumulate(tensor.numel() for tensor in self.tensors)]
         self.local_sizes = torch.tensor([tensor.numel() for tensor in self.tensors], device=self.device)
         self.sizes = torch.tensor([p.numel() for p in self.parameters], device=self.device)
+        self.plain = layout is not None and all(tuple(tensor.shape) == layout.shape for tensor in self.tensors)
         self.stacks: dict[str, Tensor] = {}
         self._views: list[dict[str, Tensor]] = [{} for _ in members]
         one: dict[str, Tensor] = {}
@@ -167,6 +169,8 @@ class Run:
 
     def part(self, start: int, stop: int) -> Run:
         """Some of them, counted from this run's first."""
+        if (start, stop) == (0, len(self.parameters)):
+            return self
         grads = self.grads[start:stop]
         return Run(self.bucket, self.start + start, self.start + stop, self.step, self.based, grads)
 
@@ -236,10 +240,14 @@ class Run:
         shape = (-1,) if self.layout is None else (1, *self.layout.shape)
         if len(tensors) == 1:
             return tensors[0].reshape(shape).to(self.bucket.dtype)
+        if self.bucket.plain:
+            return torch.stack(list(tensors)).to(self.bucket.dtype)
         return torch.cat([tensor.reshape(shape) for tensor in tensors]).to(self.bucket.dtype)
 
     def split(self, joined: Tensor) -> list[Tensor]:
         """The inverse of :meth:`join`, as views."""
+        if self.bucket.plain:
+            return list(joined.unbind())
         sizes = [tensor.numel() for tensor in self.tensors]
         parts = joined.unbind() if self.layout is not None else torch.split(joined, sizes)
         return [part.view(tensor.shape) for part, tensor in zip(parts, self.tensors, strict=True)]

@@ -43,6 +43,9 @@ def _contract_in_turn(stack: Tensor, matrices: Sequence[Tensor | None]) -> Tenso
         if matrix is None:
             stack = stack.movedim(1, -1)
             continue
+        if stack.dim() == 3:
+            stack = torch.bmm(stack.mT, matrix)
+            continue
         rest = stack.shape[2:]
         columns = stack.reshape(stack.shape[0], stack.shape[1], -1)
         stack = torch.bmm(columns.mT, matrix).reshape(stack.shape[0], *rest, matrix.shape[-1])
@@ -130,6 +133,9 @@ def _decay_and_add_gram_(factor: Tensor, matrix: Tensor, beta: float, finite: Te
     decay = beta if finite is None else 1.0
     size, rank = matrix.shape[1:]
     rows = GRAM_ROWS if factor.device.type == "cpu" and size > GRAM_ROWS and rank >= GRAM_ROWS else size
+    if rows == size:
+        factor.baddbmm_(matrix, matrix.mT, beta=decay, alpha=1 - beta)
+        return
     for start in range(0, size, rows):
         stop = min(start + rows, size)
         lower = factor[:, start:stop, :stop]

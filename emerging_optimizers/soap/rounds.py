@@ -9,6 +9,7 @@ new weights to the others, so that all have them bit for bit. One process has no
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import zip_longest
 from typing import Any
 
@@ -282,7 +283,7 @@ def _work(
 ) -> list[Update]:
     """A step of a bucket; returns the updates that are not for this process alone to apply."""
     updates = []
-    with fp32_matmul_precision(group["fp32_matmul_prec"]), torch.autocast(bucket.device.type, enabled=False):
+    with fp32_matmul_precision(group["fp32_matmul_prec"]), _without_autocast(bucket.device.type):
         for run in list(bucket.runs(grads)):
             for update in updates_of(run, group, timetable, skipped):
                 if bucket.gathered:
@@ -290,6 +291,10 @@ def _work(
                 else:
                     apply(update, group)
     return updates
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 Job = tuple[Group, Kind, list[tuple[int, Tensor]]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -92,11 +93,21 @@ def is_elsewhere(state: dict[str, Any]) -> bool:
 
 def fits(state: dict[str, Any], layout: Layout, parameter: Tensor, pack_factors: bool = False) -> bool:
     """Whether the state was made for this layout and way of packing, and for a parameter of this shape."""
-    factors = {key: value.shape for key, value in state.items() if key.startswith("GG_")}
-    wanted = {f"GG_{axis}": factor_shape(layout.shape[axis], pack_factors) for axis in layout.axes}
-    return factors == wanted and all(
-        state[key].shape == parameter.shape for key in ("exp_avg", "exp_avg_sq") if key in state
-    )
+    wanted = _factor_shapes(layout, pack_factors)
+    factors = 0
+    for key, value in state.items():
+        if key.startswith("GG_"):
+            factors += 1
+            if value.shape != wanted.get(key):
+                return False
+        elif key.startswith("exp_avg") and value.shape != parameter.shape:
+            return False
+    return factors == len(wanted)
+
+
+@lru_cache(maxsize=4096)
+def _factor_shapes(layout: Layout, pack_factors: bool) -> dict[str, tuple[int, ...]]:
+    return {f"GG_{axis}": factor_shape(layout.shape[axis], pack_factors) for axis in layout.axes}
 
 
 def masks_on(device: torch.device) -> bool:

@@ -31,25 +31,29 @@ class Timetable:
     """
 
     def __init__(self, group: Mapping[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
-        #: Per step that a tensor with a basis is at: the frequency then. A warm-up refreshes nothing.
-        self._frequencies: dict[int, int] = {}
-        #: Per frequency that occurs: the places of each parameter's axes.
-        self._offsets: dict[int, tuple[tuple[int, ...], ...]] | None = None
-        active = [states[p] for p in group["params"] if p.grad is not None and "refresh_step" in states.get(p, ())]
-        for step in {int(s["step"]) for s in active if not is_elsewhere(s) and s["refresh_step"] > 0}:
-            if step >= group["adam_warmup_steps"]:
-                self._frequencies[step] = refresh_frequency(group["precondition_frequency"], step)
-        if group["stagger_updates"]:
-            layouts = tuple(layout_for(parameter, group) for parameter in group["params"])
-            self._offsets = {f: refresh_offsets(layouts, f) for f in set(self._frequencies.values())}
+        self._group = group
+        frequency = group["precondition_frequency"]
+        #: The frequency at every step; or at those at which tensors with a basis are, after a warm-up.
+        self._frequencies: int | dict[int, int] = frequency
+        #: The places of each parameter's axes, once they were asked for.
+        self._offsets: dict[int, tuple[tuple[int, ...], ...]] = {}
+        if callable(frequency):
+            active = [states[p] for p in group["params"] if p.grad is not None and "refresh_step" in states.get(p, ())]
+            steps = {int(s["step"]) for s in active if not is_elsewhere(s) and s["refresh_step"] > 0}
+            self._frequencies = {
+                step: refresh_frequency(frequency, step) for step in steps if step >= group["adam_warmup_steps"]
+            }
 
     def due_axes(self, index: int, layout: Layout, step: int) -> tuple[int, ...]:
-        """The axes that are refreshed at ``step``, for the parameter with this index in the group."""
-        frequency = self._frequencies.get(step)
-        if frequency is None:
+        """The axes that are refreshed at ``step``, for the parameter with this index in the group; it has a basis."""
+        if step < self._group["adam_warmup_steps"]:
             return ()
-        if self._offsets is None:
+        frequency = self._frequencies[step] if isinstance(self._frequencies, dict) else self._frequencies
+        if not self._group["stagger_updates"]:
             return layout.axes if step % frequency == 0 else ()
+        if frequency not in self._offsets:
+            layouts = tuple(layout_for(parameter, self._group) for parameter in self._group["params"])
+            self._offsets[frequency] = refresh_offsets(layouts, frequency)
         offsets = self._offsets[frequency][index]
         return tuple(axis for axis, o in zip(layout.axes, offsets, strict=True) if (step - o) % frequency == 0)
 
