@@ -34,7 +34,9 @@ def no_sync() -> Iterator[None]:
 
 @pytest.mark.parametrize("spoiled", [False, True])
 @pytest.mark.parametrize("lr", ["number", "CPU tensor", "GPU tensor"])
-@pytest.mark.parametrize("mode", ["default", "kl", "1-D", "merged", "clipped", "l2", "staggered", "adamw", "packed, bfloat16"])
+@pytest.mark.parametrize(
+    "mode", ["default", "kl", "1-D", "merged", "clipped", "l2", "staggered", "adamw", "packed, bfloat16"]
+)
 @pytest.mark.usefixtures("no_sync")
 def test_a_step_without_a_refresh_waits_for_nothing(mode: str, lr: str, spoiled: bool) -> None:
     rate = {"number": 1e-3, "CPU tensor": torch.tensor(1e-3), "GPU tensor": torch.tensor(1e-3, device="cuda")}[lr]
