@@ -5,8 +5,9 @@
 
 Three things: bytes of state per parameter, counted from the shapes and dtypes of the state; the most memory that a step
 allocates beyond the state, as torch's allocator reports it; and the final validation loss of the `charlm` race, three
-seeds. ``V in bfloat16``, on one seed, is no option of SOAP: the second moment is rounded to bfloat16 after every step here, to see
-whether it should be one. Results go to ``benchmarks/results/state_size.json``, a race's as soon as it is over.
+seeds. ``V in bfloat16``, on one seed, is no option of SOAP: the second moment is rounded to bfloat16 after every step
+here, to see whether it should be one. Results go to ``benchmarks/results/state_size.json``, a race's as soon as it is
+over.
 """
 
 import json
