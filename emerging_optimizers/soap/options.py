@@ -80,6 +80,8 @@ def validate_options(options: dict[str, Any]) -> None:
     if options["correct_shampoo_beta_bias"] is not None:
         _require_flag("correct_shampoo_beta_bias", options["correct_shampoo_beta_bias"], "True, False or None")
     _require_integer("max_precond_dim", options["max_precond_dim"], 0)
+    if "stagger_processes" in options:
+        _require_integer("stagger_processes", options["stagger_processes"], 1)
     for name in _FLAGS:
         _require_flag(name, options[name], "True or False")
     for name, choices in _CHOICES.items():

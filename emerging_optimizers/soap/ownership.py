@@ -1,55 +1,19 @@
-"""Which process computes which matrix: the most expensive first, each to the process with the least work so far.
+"""Which process computes which matrix, by their mean costs.
 
 Every process comes to the same answer from the parameter list and the options, without asking the others.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Mapping, Sequence
-from math import prod
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from emerging_optimizers.soap.layout import Layout, layout_for
+from emerging_optimizers.soap.costs import mean_flops, share_out
+from emerging_optimizers.soap.layout import layout_for
 from emerging_optimizers.soap.options import refresh_frequency
 from emerging_optimizers.soap.placement import Grid, Grids, Place
-from emerging_optimizers.soap.timing import refresh_flops
-
-
-def step_flops(layout: Layout) -> int:
-    """What a step costs in matrix products: a Gram product and two projections, ``2 numel d`` each, for every axis."""
-    return sum(6 * prod(layout.shape) * layout.shape[axis] for axis in layout.axes)
-
-
-def mean_flops(layout: Layout, frequency: int) -> float:
-    """What a step costs on average, refreshes included."""
-    return step_flops(layout) + sum(refresh_flops(layout, axis) for axis in layout.axes) / frequency
-
-
-def share_out(costs: Sequence[float], loads: Sequence[float]) -> list[int]:
-    """Greedy longest-processing-time scheduling (Graham 1969).
-
-    Args:
-        costs: Of each job.
-        loads: What each process has to do already.
-
-    Returns:
-        Per job the number of its process.
-
-    Example:
-        >>> share_out([1, 4, 2, 3], [0, 0])
-        [0, 0, 1, 1]
-    """
-    heap = [(load, process) for process, load in enumerate(loads)]
-    heapq.heapify(heap)
-    owners = [0] * len(costs)
-    for job in sorted(range(len(costs)), key=lambda job: (-costs[job], job)):
-        load, process = heap[0]
-        owners[job] = process
-        heapq.heapreplace(heap, (load + costs[job], process))
-    return owners
 
 
 def place_parameters(

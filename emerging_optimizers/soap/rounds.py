@@ -19,7 +19,8 @@ from torch import Tensor
 from emerging_optimizers.mixin import WeightDecayMixin
 from emerging_optimizers.precision import fp32_matmul_precision
 from emerging_optimizers.soap.algorithm import Update, apply, apply_to_piece, updates_of
-from emerging_optimizers.soap.buckets import CHUNK_ELEMENTS, Bucket, Kind, chunks_of, form_buckets
+from emerging_optimizers.soap.buckets import CHUNK_ELEMENTS, NO_AXIS, Bucket, Kind, chunks_of, form_buckets
+from emerging_optimizers.soap.costs import step_flops
 from emerging_optimizers.soap.exchange import Spec, Transfer, all_to_all, broadcast
 from emerging_optimizers.soap.incidents import count_skips
 from emerging_optimizers.soap.placement import Grid, Piece, Place, local_grad, local_tensor, pieces, shape_of
@@ -300,6 +301,11 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
 Job = tuple[Group, Kind, list[tuple[int, Tensor]]]
 
 
+def _flops(job: Job) -> int:
+    _, kind, chunk = job
+    return len(chunk) * step_flops(kind.layout or NO_AXIS)
+
+
 def _rounds(grid: Grid, per_owner: Sequence[Sequence[Job]], buckets: Mapping[int, Bucket]) -> Iterator[Round]:
     """The rounds of a grid: each process has about as much in one as fits into a bucket.
 
@@ -319,10 +325,13 @@ def _rounds(grid: Grid, per_owner: Sequence[Sequence[Job]], buckets: Mapping[int
 
 
 def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Neighbours put together as long as they have no more elements than a bucket may have."""
+    """The most expensive first, put together as long as they have no more elements than a bucket may have.
+
+    Processes wait for each other in every round. Those that own alike then have alike to do in each.
+    """
     batch: list[Job] = []
     filled = 0
-    for job in jobs:
+    for job in sorted(jobs, key=_flops, reverse=True):
         size = sum(parameter.numel() for _, parameter in job[2])
         if batch and filled + size > CHUNK_ELEMENTS:
             yield batch

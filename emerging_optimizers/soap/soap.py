@@ -28,6 +28,7 @@ from emerging_optimizers.soap.placement import Grids, Place, local_tensor, warn_
 from emerging_optimizers.soap.rounds import Plan
 from emerging_optimizers.soap.shared_state import share_states
 from emerging_optimizers.soap.state import fits, is_elsewhere
+from emerging_optimizers.soap.timing import STAGGER_PROCESSES
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -97,8 +98,9 @@ class SOAP(WeightDecayMixin, Optimizer):
             factors and bases as they are and counts it in the state; "raise" raises before anything has changed;
             "propagate" computes on.
         stagger_updates: Spread the refreshes over the period, so that all steps take about as long. Every axis of every
-            tensor is still refreshed each ``precondition_frequency`` steps; in which of them follows from the
-            parameter list. Without it all are refreshed in the same step.
+            tensor is still refreshed each ``precondition_frequency`` steps; in which of them follows from the parameter
+            list and the number of processes that share it, which the group keeps under "stagger_processes". Without
+            it all are refreshed in the same step.
         pack_factors: Keep each symmetric Kronecker factor as one triangle, and expand it while it is worked on. Halves
             the factors' memory; results differ by the rounding by which a factor's two triangles differ. Costs a copy
             of the factor out and in again per step. Cannot change after the first step.
@@ -358,3 +360,7 @@ class SOAP(WeightDecayMixin, Optimizer):
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         if any(p not in self._places and self._grids.of(p) is not None for p in parameters):
             self._places = place_parameters(self.param_groups, self._grids, self._places)
+        for group in self.param_groups:
+            if group["stagger_updates"] and STAGGER_PROCESSES not in group:
+                sizes = [self._places[p].grid.size for p in group["params"] if p in self._places]
+                group[STAGGER_PROCESSES] = max(sizes, default=1)

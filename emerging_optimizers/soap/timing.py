@@ -2,21 +2,25 @@
 
 Refreshed together, the matrices make every f-th step several times longer than the others. With ``stagger_updates``
 every axis of every tensor has a place of its own in the period, and is refreshed there, exactly f steps after the
-last time. The places depend on the parameter list, the options and f alone, so that a resumed run goes on with them.
+last time. The places depend on the parameter list, the options, f, and the number of processes that shared the work
+when they were made. That number stays in the group and is saved, so that a resumed run goes on with them, on any number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 from torch import Tensor
 
+from emerging_optimizers.soap.costs import mean_flops, refresh_flops, share_out
 from emerging_optimizers.soap.layout import Layout, layout_for
 from emerging_optimizers.soap.options import refresh_frequency
 from emerging_optimizers.soap.state import is_elsewhere
+
+#: Key of a group: for how many processes its places were made.
+STAGGER_PROCESSES = "stagger_processes"
 
 
 class Timetable:
@@ -53,20 +57,23 @@ class Timetable:
             return layout.axes if step % frequency == 0 else ()
         if frequency not in self._offsets:
             layouts = tuple(layout_for(parameter, self._group) for parameter in self._group["params"])
-            self._offsets[frequency] = refresh_offsets(layouts, frequency)
+            self._offsets[frequency] = refresh_offsets(layouts, frequency, self._group[STAGGER_PROCESSES])
         offsets = self._offsets[frequency][index]
         return tuple(axis for axis, o in zip(layout.axes, offsets, strict=True) if (step - o) % frequency == 0)
 
 
 @lru_cache(maxsize=256)
-def refresh_offsets(layouts: Sequence[Layout], period: int) -> tuple[tuple[int, ...], ...]:
+def refresh_offsets(layouts: Sequence[Layout], period: int, processes: int = 1) -> tuple[tuple[int, ...], ...]:
     """A place in the period for every preconditioned axis, such that each step of the period has about the same work.
 
-    Greedy: the most expensive refresh first, each to the step with the least work so far.
+    Greedy: the most expensive refresh first, each to the step with the least work so far. Where several processes share
+    the matrices, each one's are spread by themselves: like owners then refresh like sizes in the same step, and none
+    waits for another.
 
     Args:
         layouts: Of every parameter, in order.
         period: The number of places.
+        processes: How many share them.
 
     Returns:
         Per parameter, the places of its preconditioned axes.
@@ -74,18 +81,16 @@ def refresh_offsets(layouts: Sequence[Layout], period: int) -> tuple[tuple[int, 
     Example:
         >>> refresh_offsets((Layout((8, 4), (0, 1)), Layout((4, 4), (0, 1))), 2)
         ((0, 1), (1, 1))
+        >>> refresh_offsets((Layout((8, 4), (0, 1)), Layout((8, 4), (0, 1))), 2, processes=2)
+        ((0, 1), (0, 1))
     """
-    jobs = [(refresh_flops(layout, axis), i, axis) for i, layout in enumerate(layouts) for axis in layout.axes]
-    load = [0] * min(period, len(jobs))  # more places than jobs stay empty
+    workers = max(1, min(processes, len(layouts)))  # more would have nothing to do
+    owners = share_out([mean_flops(layout, period) for layout in layouts], [0.0] * workers)
     place: dict[tuple[int, int], int] = {}
-    for flops, i, axis in sorted(jobs, key=lambda job: (-job[0], job[1:])):
-        least = load.index(min(load))
-        load[least] += flops
-        place[i, axis] = least
+    for owner in set(owners):
+        jobs = [(i, axis) for i, layout in enumerate(layouts) if owners[i] == owner for axis in layout.axes]
+        if jobs:
+            steps = [0] * min(period, len(jobs))  # more places than jobs stay empty
+            flops = [refresh_flops(layouts[i], axis) for i, axis in jobs]
+            place.update(zip(jobs, share_out(flops, steps), strict=True))
     return tuple(tuple(place[i, axis] for axis in layout.axes) for i, layout in enumerate(layouts))
-
-
-def refresh_flops(layout: Layout, axis: int) -> int:
-    """Roughly what a refresh of one axis costs: ``K Q``, its QR, and the first moment out of the basis and in again."""
-    size = layout.shape[axis]
-    return 2 * size**3 + 4 * size**3 + 4 * prod(layout.shape) * size

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from emerging_optimizers.schedules import LinearFrequency
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap import algorithm as algorithm_module
+from emerging_optimizers.soap.costs import refresh_flops
 from emerging_optimizers.soap.layout import Layout
-from emerging_optimizers.soap.timing import refresh_flops, refresh_offsets
+from emerging_optimizers.soap.timing import refresh_offsets
 
 SHAPES = [(6, 4), (6, 4), (5, 7), (3, 2, 4), (4,), (6, 4), (8, 8)]
 

@@ -1,0 +1,606 @@
+"""SOAP on 1, 2 and 4 processes of this machine against ``cost_model.py``, and what that predicts for many GPUs.
+
+    python -m benchmarks.scaling                   # all of it, 2 to 4 minutes; leave the machine alone
+    python -m benchmarks.scaling --predict-only    # no processes: tables and pictures from shapes and the last result
+    python -m benchmarks.scaling --width 32 --layers 1 --out /tmp/scaling.json --docs /tmp   # a dry run
+
+Writes the result file, the pictures ``scale.png`` and ``scale-balance.png``, and the tables of ``scale.md`` between its
+markers. Every process has one thread (gloo, float32). In each world of processes the rates of the machine are measured
+first, on the kernels alone and in CPU time, by all processes at once; then come the placements, the first step (which
+makes the first bases) unmeasured, then whole refresh periods. Processes meet before each step, as training makes them.
+With more processes than cores only the CPU time of a process says what it would take on a core of its own.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from math import prod
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from benchmarks.cost_model import (
+    KINDS,
+    MACHINES,
+    Balance,
+    Division,
+    Machine,
+    Options,
+    balance,
+    busy_seconds,
+    divide,
+    factor_bytes,
+    flops,
+    mesh_of,
+    predict,
+    stagger,
+    state_bytes,
+    traffic,
+)
+from benchmarks.parameter_sets import MODELS, Weight, gpt_model
+
+ROOT = Path(__file__).parent.parent
+#: Models, placements and processes of a row for which many GPUs are predicted.
+PREDICTED = {
+    "GPT-3 1.3B": {"ddp": 0, "fsdp": 0, "hsdp": 8},
+    "Llama-3 8B": {"fsdp": 0, "hsdp": 8},
+    "Llama-3 70B": {"fsdp": 0, "hsdp": 64},
+}
+GPUS = [2**k for k in range(3, 13)]
+#: Tokens of a step and the rate of bfloat16 training, to compare an optimizer step with.
+TOKENS, TRAINING_RATE = 4e6, 0.4 * 989e12
+
+
+# --- one of several processes ---------------------------------------------------------------------------------------
+
+
+def work(rank: int, world: int, given: argparse.Namespace, store: str) -> None:
+    """What each process does; the first one writes the result."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
+    model = gpt_model(given.width, given.layers, 8 * given.width, 128, biases=False)
+    rates = measured_rates(model, world)
+    placements = ["ddp"] if world == 1 else ["ddp", "fsdp"] + ["hsdp"] * (world > 2)
+    runs = []
+    for placement in placements:
+        for staggered in (False, True) if placement == "ddp" else (False,):
+            options = Options(frequency=given.frequency)
+            mine = measured_steps(model, options, placement, staggered, given.periods, rank, world)
+            everyone: list[Any] = [None] * world
+            dist.all_gather_object(everyone, mine)
+            division = divide(model, options, mesh_of(placement, world, 2))
+            if staggered:
+                division = stagger(division)
+            runs.append(compared(division, placement, staggered, everyone, rates))
+    if rank == 0:
+        Path(given.worker).write_text(json.dumps({"processes": world, "rates": rates, "runs": runs}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measured_steps(
+    model: Sequence[Weight], options: Options, placement: str, staggered: bool, periods: int, rank: int, world: int
+) -> dict[str, Any]:
+    """Runs the optimizer; what this process had to do, per step."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    from benchmarks.step_time import low_rank, state_bytes
+    from emerging_optimizers.soap import SOAP
+    from emerging_optimizers.soap.exchange import sent
+
+    place: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone
+    if placement == "fsdp":
+        whole = init_device_mesh("cpu", (world,))
+        place = lambda tensor: distribute_tensor(tensor, whole, [Shard(0)], src_data_rank=None)  # noqa: E731
+    elif placement == "hsdp":
+        mesh = mesh_of("hsdp", world, 2)
+        two = init_device_mesh("cpu", tuple(mesh), mesh_dim_names=("replicate", "shard"))
+        place = lambda tensor: distribute_tensor(tensor, two, [Replicate(), Shard(0)], src_data_rank=None)  # noqa: E731
+
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(place(torch.randn(w.shape, generator=generator))) for w in model]
+    gradients = [
+        [place(low_rank(w.shape, generator, "cpu")) if len(w.shape) > 1 else place(torch.ones(w.shape)) for w in model]
+        for _ in range(2)
+    ]
+    soap = [p for p, weight in zip(parameters, model, strict=True) if weight.preconditioned]
+    adamw = [p for p, weight in zip(parameters, model, strict=True) if not weight.preconditioned]
+    groups: list[dict[str, Any]] = [{"params": soap}, {"params": adamw, "max_precond_dim": 0}]
+    optimizer = SOAP(
+        groups,
+        lr=1e-3,
+        precondition_frequency=options.frequency,
+        stagger_updates=staggered,
+        process_group=dist.group.WORLD if placement == "ddp" and world > 1 else None,
+    )
+    wall, cpu, moved = [], [], []
+    for step in range(1 + periods * options.frequency):
+        for p, gradient in zip(parameters, gradients[step % 2], strict=True):
+            p.grad = gradient
+        dist.barrier()
+        before, begin, busy = sum(sent.values()), time.perf_counter(), time.process_time()
+        optimizer.step()
+        busy, end = time.process_time() - busy, time.perf_counter()
+        if step:
+            wall.append(1000 * (end - begin))
+            cpu.append(1000 * busy)
+            moved.append(sum(sent.values()) - before)
+    factors = sum(
+        value.numel() * value.dtype.itemsize
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if key.startswith(("GG_", "Q_"))
+    )
+    return {"wall": wall, "cpu": cpu, "sent": moved, "state": state_bytes(optimizer), "factors": factors}
+
+
+def measured_rates(model: Sequence[Weight], world: int) -> dict[str, float]:
+    """The rates of a process, as :class:`Machine` has them, on the kernels and at the sizes of this model."""
+    import torch.distributed as dist
+
+    from emerging_optimizers.soap import SOAP
+    from emerging_optimizers.soap.decompositions import orthonormal_columns
+    from emerging_optimizers.soap.exchange import all_to_all, broadcast, spec_of
+    from emerging_optimizers.soap.kronecker import project, project_back, update_factors
+
+    shapes = sorted({weight.shape for weight in model if weight.preconditioned})
+    widths = sorted(size for shape in shapes for size in shape)
+    grads = [torch.randn(1, *shape) for shape in shapes]
+    bases = [[torch.randn(1, size, size) for size in shape] for shape in shapes]
+
+    def products() -> None:
+        for grad, some in zip(grads, bases, strict=True):
+            update_factors(some, grad, 0.5)
+            project_back(project(grad, some), some)
+
+    squares = [torch.randn(1, size, size) for size in widths]
+    vector = torch.nn.Parameter(torch.zeros(2**20))
+    vector.grad = torch.ones(2**20)
+    adamw = SOAP([vector], lr=1e-3)
+    rates = {
+        "products": sum(6 * prod(s) * sum(s) for s in shapes) / seconds_of(products, time.process_time),
+        "full_products": sum(2 * d**3 for d in widths)
+        / seconds_of(lambda: [s @ s for s in squares], time.process_time),
+        "decompositions": sum(4 * d**3 for d in widths)
+        / seconds_of(lambda: [orthonormal_columns(s, s) for s in squares], time.process_time, 3),
+        "elements": 2**20 / seconds_of(adamw.step, time.process_time),
+    }
+    group = dist.group.WORLD
+    assert group is not None
+    if world > 1:
+        for size, tensor in (("small", torch.zeros(1)), ("large", torch.zeros(2**20))):
+            specs = [[spec_of(tensor)]] * world
+
+            def exchange(tensor: torch.Tensor = tensor, specs: Any = specs) -> None:
+                all_to_all(group, [[tensor]] * world, specs, tensor.device).wait()
+
+            def spread(tensor: torch.Tensor = tensor) -> None:
+                transfers = [broadcast(group, source, [tensor]) for source in range(world)]
+                for transfer in transfers:
+                    transfer.wait()
+
+            rates[f"all_to_all_{size}_s"] = seconds_of(exchange, time.perf_counter)
+            rates[f"broadcast_{size}_s"] = seconds_of(spread, time.perf_counter) / world
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, rates)
+    return {key: median(one[key] for one in everyone) for key in rates}
+
+
+def seconds_of(do: Callable[[], object], clock: Callable[[], float], repeats: int = 5) -> float:
+    """Median seconds of doing something."""
+    times = []
+    for _ in range(repeats + 1):
+        begin = clock()
+        do()
+        times.append(clock() - begin)
+    return median(times[1:])
+
+
+def machine_of(rates: dict[str, float], placement: str, world: int) -> Machine:
+    """The measured machine. Processes that share cores are no slower in CPU time."""
+    bandwidth, latency = float("inf"), 0.0
+    if world > 1:
+        kind = "broadcast" if placement == "ddp" else "all_to_all"
+        latency = rates[f"{kind}_small_s"]
+        travelling = 4 * 2**20 * (1 if kind == "broadcast" else world - 1)
+        bandwidth = travelling / max(rates[f"{kind}_large_s"] - latency, 1e-9)
+    return Machine(
+        **{kind: rates[kind] for kind in KINDS},  # type: ignore[arg-type]
+        node=world,
+        fast=bandwidth,
+        slow=bandwidth,
+        latency=latency,
+        hop=0.0,
+        cores=len(os.sched_getaffinity(0)),
+        source="measured",
+    )
+
+
+def compared(
+    division: Division, placement: str, staggered: bool, everyone: Sequence[dict[str, Any]], rates: dict[str, float]
+) -> dict[str, Any]:
+    """A run beside the model."""
+    world = division.mesh.size
+    machine = machine_of(rates, placement, world)
+    here = predict(division, machine)
+    expected_sent = traffic(division).all_sent.tolist()
+    walls = [max(times) for times in zip(*(one["wall"] for one in everyone), strict=True)]
+    return {
+        "placement": placement,
+        "staggered": staggered,
+        "wall_ms": round(fmean(walls), 2),
+        "worst_wall_ms": round(max(walls), 2),
+        "cpu_ms": [round(fmean(one["cpu"]), 2) for one in everyone],
+        "steps_wall_ms": [round(wall, 2) for wall in walls],
+        "steps_cpu_ms": [[round(cpu, 2) for cpu in one["cpu"]] for one in everyone],
+        "predicted_wall_ms": round(1000 * here.mean, 2),
+        "predicted_cpu_ms": [round(1000 * busy, 2) for busy in busy_seconds(division, machine).tolist()],
+        "state_bytes": [one["state"] for one in everyone],
+        "state_bytes_exact": [one["state"] for one in everyone] == state_bytes(division).tolist(),
+        "factor_bytes": [one["factors"] for one in everyone],
+        "factor_share": round(max(one["factors"] for one in everyone) / sum(one["factors"] for one in everyone), 4),
+        "sent_bytes": [fmean(one["sent"]) for one in everyone],
+        "sent_over_formula": [
+            round(fmean(one["sent"]) / expected, 4) if expected else 1.0 if not any(one["sent"]) else float("inf")
+            for one, expected in zip(everyone, expected_sent, strict=True)
+        ],
+    }
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+def measure(given: argparse.Namespace, world: int) -> dict[str, Any]:
+    """Starts the processes of a world, waits for them and returns what they found."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, store = Path(folder) / "result.json", Path(folder) / "store"
+        words = [sys.executable, "-m", "benchmarks.scaling", "--worker", str(out), "--store", str(store)]
+        for name in ("width", "layers", "frequency", "periods"):
+            words += [f"--{name}", str(getattr(given, name))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        processes = [
+            subprocess.Popen([*words, "--rank", str(rank), "--world", str(world)], cwd=ROOT, env=environment)
+            for rank in range(world)
+        ]
+        codes = [process.wait() for process in processes]
+        if any(codes):
+            raise SystemExit(f"a world of {world} processes ended with {codes}")
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
+
+
+def predictions() -> list[dict[str, Any]]:
+    """Every model, placement and number of GPUs."""
+    found = []
+    for name, placements in PREDICTED.items():
+        parameters = sum(prod(weight.shape) for weight in MODELS[name])
+        matrices = sum(weight.preconditioned for weight in MODELS[name])
+        for placement, shard in placements.items():
+            for gpus in GPUS:
+                if gpus < shard:
+                    continue
+                division = divide(MODELS[name], Options(), mesh_of(placement, gpus, shard or 8))
+                together = predict(division, MACHINES["H100"])
+                spread = predict(stagger(division), MACHINES["H100"])
+                moved, factors = traffic(division), factor_bytes(division)
+                found.append(
+                    {
+                        "model": name,
+                        "placement": placement + (f" {shard}" if shard else ""),
+                        "gpus": gpus,
+                        "owners": min(gpus, matrices),
+                        "ranks_max_over_mean": balance(division).ranks,
+                        "mean_ms": 1000 * together.mean,
+                        "worst_ms": 1000 * together.worst,
+                        "exchange_ms": 1000 * together.exchange,
+                        "staggered_mean_ms": 1000 * spread.mean,
+                        "staggered_worst_ms": 1000 * spread.worst,
+                        "training_ms": 1000 * 6 * parameters * TOKENS / (gpus * TRAINING_RATE),
+                        "state_bytes": int(state_bytes(division).max()),
+                        "factor_share": float(factors.max() / factors.sum()),
+                        "sent_bytes": int(moved.all_sent.max()),
+                        "received_bytes": int(moved.all_received.max()),
+                    }
+                )
+    return found
+
+
+def variants(name: str, processes: int, placement: str = "fsdp") -> dict[str, Division]:
+    """The ways to spread refreshes."""
+    division = divide(MODELS[name], Options(), mesh_of(placement, processes))
+    return {
+        "all in one step": division,
+        "`stagger_updates`": stagger(division),
+        "places made for one process": stagger(division, 1),
+    }
+
+
+def balances() -> list[dict[str, Any]]:
+    """How evenly 8 processes are loaded."""
+    return [
+        {"model": name, "processes": 8, "variant": variant, **balance(division)._asdict()}
+        for name in ("GPT-2 124M", "GPT-3 1.3B")
+        for variant, division in variants(name, 8).items()
+    ]
+
+
+def sizes() -> list[dict[str, Any]]:
+    """What smaller state saves, and what a basis for the axes beyond ``max_precond_dim`` would cost."""
+    small = Options(pack_factors=True, state_dtype=torch.bfloat16)
+    found = []
+    for name, limit in (("GPT-3 1.3B", None), ("Llama-3 8B", 20_000), ("Llama-3 70B", 30_000)):
+        chosen = {"default": Options(), "packed, bfloat16": small}
+        if limit:
+            chosen[f"`max_precond_dim={limit}`"] = Options(max_precond_dim=limit)
+            chosen[f"`max_precond_dim={limit}`, packed, bfloat16"] = small._replace(max_precond_dim=limit)
+        for label, options in chosen.items():
+            one = divide(MODELS[name], options, mesh_of("fsdp", 1))
+            many = divide(MODELS[name], options, mesh_of("fsdp", 64))
+            seconds = predict(many, MACHINES["H100"])
+            found.append(
+                {
+                    "model": name,
+                    "options": label,
+                    "state_bytes": int(state_bytes(one).sum()),
+                    "flops": float(flops(one).sum((1, 2)).mean()),
+                    "mean_ms": 1000 * seconds.mean,
+                    "worst_ms": 1000 * seconds.worst,
+                    "state_bytes_64": int(state_bytes(many).max()),
+                }
+            )
+    return found
+
+
+def sensitivity() -> list[dict[str, Any]]:
+    """How much of the prediction hangs on the guessed rate of QR, at 64 GPUs, FSDP2."""
+    found = []
+    for name in PREDICTED:
+        division = divide(MODELS[name], Options(), mesh_of("fsdp", 64))
+        for rate in (1e12, 4e12, 16e12):
+            seconds = predict(division, MACHINES["H100"]._replace(decompositions=rate))
+            found.append({"model": name, "qr_flops": rate, "mean_ms": 1000 * seconds.mean})
+    return found
+
+
+# --- tables and pictures --------------------------------------------------------------------------------------------
+
+
+def rows(header: str, lines: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    names = header.split(" | ")
+    table = [names, ["---"] * len(names), *lines]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in table)
+
+
+def short(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def tables(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and text of each table of the docs."""
+    measured = []
+    for world in result.get("worlds", ()):
+        for run in world["runs"]:
+            name = run["placement"] + (", staggered" if run["staggered"] else "")
+            busy, guess = max(run["cpu_ms"]), max(run["predicted_cpu_ms"])
+            measured.append(
+                [
+                    world["processes"],
+                    name if world["processes"] > 1 else name.replace("ddp", "alone"),
+                    f"{short(busy)} / {short(guess)}",
+                    f"{short(run['wall_ms'])} / {short(run['predicted_wall_ms'])}",
+                    f"{max(run['state_bytes']) / 1e6:.2f}"
+                    + ("" if run["state_bytes_exact"] else " (not as predicted!)"),
+                    f"{run['factor_share'] * world['processes']:.3f}",
+                    f"{max(run['sent_bytes']) / 1e6:.3f}",
+                    f"{min(run['sent_over_formula']):.3f} to {max(run['sent_over_formula']):.3f}",
+                ]
+            )
+    header = "Processes | Placement | CPU ms, measured / predicted | Wall ms, measured / predicted | "
+    header += "State, MB | Factor share x N | Sent, MB | Sent / formula"
+    yield "measured", rows(header, measured) if measured else "Not measured yet."
+    header = "Model | Placement | GPUs | Mean ms | Longest | staggered: mean | longest | Forward and backward ms | "
+    header += "State, GB | Sent, GB | Received, GB"
+    yield "predicted", rows(
+        header,
+        [
+            [
+                line["model"], line["placement"], line["gpus"], short(line["mean_ms"]), short(line["worst_ms"]),
+                short(line["staggered_mean_ms"]), short(line["staggered_worst_ms"]), short(line["training_ms"]),
+                short(line["state_bytes"] / 1e9), short(line["sent_bytes"] / 1e9), short(line["received_bytes"] / 1e9),
+            ]
+            for line in result["predictions"] if line["gpus"] in (8, 64, 512, 4096)
+        ],
+    )  # fmt: skip
+    header = "Model, 8 processes | Refreshes | Ranks, max/mean | Steps, max/mean | In a step, max/mean | "
+    header += "Critical path | Longest step"
+    yield (
+        "balance",
+        rows(
+            header,
+            [
+                [line["model"], line["variant"]]
+                + [f"{line[key]:.2f}" for key in ("ranks", "steps", "within_steps", "critical_path", "worst_step")]
+                for line in result["balance"]
+            ],
+        ),
+    )
+    header = "Model | Options | State in all, GB | TFLOP per step | 64 GPUs: mean ms | longest | state per GPU, GB"
+    yield "sizes", rows(
+        header,
+        [
+            [
+                line["model"], line["options"], short(line["state_bytes"] / 1e9), short(line["flops"] / 1e12),
+                short(line["mean_ms"]), short(line["worst_ms"]), short(line["state_bytes_64"] / 1e9),
+            ]
+            for line in result["sizes"]
+        ],
+    )  # fmt: skip
+    header = "Model, 64 GPUs, FSDP2 | QR at 1 TFLOP/s: mean ms | 4 | 16"
+    lines = result["sensitivity"]
+    yield (
+        "sensitivity",
+        rows(header, [[name] + [short(one["mean_ms"]) for one in lines if one["model"] == name] for name in PREDICTED]),
+    )
+
+
+def fill(page: Path, result: dict[str, Any]) -> None:
+    """Prints the tables, and puts them between their markers in the page if there is one."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    for name, table in tables(result):
+        print(f"\n{name}\n{table}")
+        begin, end = f"<!-- {name}: written by benchmarks/scaling.py -->", f"<!-- {name}: end -->"
+        head, found, rest = text.partition(begin)
+        if found:
+            text = f"{head}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
+    if text:
+        page.write_text(text, encoding="utf-8")
+
+
+COLOURS = {"GPT-3 1.3B": "#1f5fbf", "Llama-3 8B": "#dd8452", "Llama-3 70B": "#c44e52"}
+STYLES = {"ddp": ":", "fsdp": "-", "hsdp": "--"}
+
+
+def draw_scale(lines: Sequence[dict[str, Any]], picture: Path) -> None:
+    """Time, state and bytes against the number of GPUs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+
+    figure, three = plt.subplots(1, 3, figsize=(11, 4.2))
+    panels = (
+        ("mean_ms", 1, "optimizer step, ms (mean)"),
+        ("state_bytes", 1e9, "state per GPU, GB (largest)"),
+        ("sent_bytes", 1e9, "sent per GPU and step, GB (largest)"),
+    )
+    for axes, (key, unit, label) in zip(three, panels, strict=True):
+        for model, colour in COLOURS.items():
+            for placement in dict.fromkeys(line["placement"] for line in lines if line["model"] == model):
+                shown = [line for line in lines if (line["model"], line["placement"]) == (model, placement)]
+                axes.plot(
+                    [line["gpus"] for line in shown],
+                    [line[key] / unit for line in shown],
+                    STYLES[placement[:4].strip()],
+                    color=colour,
+                    linewidth=1.3,
+                    label=f"{model}, {placement[:4].strip().upper()}{placement[4:]}",
+                )
+            if key == "mean_ms":
+                shown = [line for line in lines if line["model"] == model and line["placement"] == "fsdp"]
+                axes.plot([line["gpus"] for line in shown], [line["training_ms"] for line in shown],
+                          color=colour, linewidth=5, alpha=0.15)  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(FixedLocator([8, 32, 128, 512, 2048]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("GPUs")
+        axes.set_title(label, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    three[0].text(0.98, 0.98, "pale: forward and backward pass", fontsize=8, color="#666666", ha="right", va="top",
+                  transform=three[0].transAxes)  # fmt: skip
+    names, labels = three[0].get_legend_handles_labels()
+    figure.legend(names, labels, fontsize=8, frameon=False, loc="lower center", ncols=4)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.savefig(picture, dpi=130)
+
+
+def draw_balance(picture: Path) -> None:
+    """GPT-2 124M on 8 processes: work of each process, and how long each step takes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.9))
+    chosen = dict(list(variants("GPT-2 124M", 8).items())[:3])
+    loads = flops(next(iter(chosen.values()))).sum(1)
+    per_rank = loads.mean(0) / loads.mean()
+    left.bar(range(8), per_rank.tolist(), color="#1f5fbf", width=0.7)
+    left.axhline(1, color="black", linewidth=1)
+    left.axhline(1.15, color="#8c8c8c", linewidth=1, linestyle="--")
+    left.text(7.5, 1.16, "1.15", fontsize=8, ha="right", va="bottom", color="#666666")
+    left.set_ylim(0, 1.3)
+    left.set_xlabel("process")
+    left.set_title("work of a mean step over that of the mean process", fontsize=10)
+    colours = ("#c44e52", "#3fa7d6", "#55a868")
+    for place, ((variant, division), colour) in enumerate(zip(chosen.items(), colours, strict=True)):
+        found: Balance = balance(division)
+        label = f"{variant.replace('`', '')}: {found.critical_path:.2f} on average"
+        right.bar([t + 0.27 * (place - 1) for t in range(10)], found.times, 0.27, color=colour, label=label)
+    right.axhline(1, color="black", linewidth=1)
+    right.set_xlabel("step of the period")
+    right.set_xticks(range(10))
+    right.set_title("time of a step, waiting included, over the same", fontsize=10)
+    right.legend(fontsize=8, frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", default="1,2,4", help="numbers of processes")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--frequency", type=int, default=10)
+    parser.add_argument("--periods", type=int, default=2, help="refresh periods that are measured")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/scaling.json")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the pictures go, and scale.md is")
+    parser.add_argument("--predict-only", action="store_true", help="measure nothing; keep what --out has")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--store", help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--world", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        work(given.rank, given.world, given, given.store)
+        return
+    if given.predict_only:
+        result = json.loads(given.out.read_text()) if given.out.exists() else {}
+    else:
+        from benchmarks.step_time import heading
+
+        result = {
+            **heading("cpu"),
+            "set": {
+                "width": given.width,
+                "layers": given.layers,
+                "frequency": given.frequency,
+                "periods": given.periods,
+            },
+            "threads_per_process": 1,
+            "worlds": [measure(given, world) for world in map(int, given.worlds.split(","))],
+        }
+    result["assumed"] = {name: machine._asdict() for name, machine in MACHINES.items()}
+    result["predictions"] = predictions()
+    result["balance"], result["sizes"], result["sensitivity"] = balances(), sizes(), sensitivity()
+    if "worlds" in result:
+        given.out.write_text(json.dumps(result, indent=1) + "\n")
+    fill(given.docs / "scale.md", result)
+    draw_scale(result["predictions"], given.docs / "scale.png")
+    draw_balance(given.docs / "scale-balance.png")
+
+
+if __name__ == "__main__":
+    main()
