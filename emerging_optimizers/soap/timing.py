@@ -3,7 +3,8 @@
 Refreshed together, the matrices make every f-th step several times longer than the others. With ``stagger_updates``
 every axis of every tensor has a place of its own in the period, and is refreshed there, exactly f steps after the
 last time. The places depend on the parameter list, the options, f, and the number of processes that shared the work
-when they were made. That number stays in the group and is saved, so that a resumed run goes on with them, on any number.
+when they were made. That number stays in the group and is saved, so that a resumed run goes on with them, on whatever
+number.
 """
 
 from __future__ import annotations
