@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -15,12 +16,17 @@ def python_blocks(document: str) -> list[str]:
 
 
 def test_the_readme_example_trains() -> None:
-    (block,) = python_blocks("README.md")
+    block, several_processes = python_blocks("README.md")
     torch.manual_seed(0)
-    names: dict = {}
+    names: dict = {"dist": dist}
     exec(compile(block, "README.md", "exec"), names)
     assert names["loss"].item() < 0.01
     assert len(names["optimizer"].param_groups) == 2
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        exec(compile(several_processes, "README.md", "exec"), names)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_task_in_the_docs_can_be_raced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
