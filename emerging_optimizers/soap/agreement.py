@@ -11,37 +11,52 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emerging_optimizers.soap.algorithm import is_usable
-from emerging_optimizers.soap.layout import layout_for
 from emerging_optimizers.soap.options import name_of
 from emerging_optimizers.soap.placement import Grid, Grids, Place, local_grad
 from emerging_optimizers.soap.state import working_dtype
 
 
 def check_parameters(groups: Sequence[dict[str, Any]], grids: Grids) -> None:
-    """Raises unless all processes of each grid have the same parameters and options that decide who does what.
+    """Raises unless all processes of each grid have the same parameters with the same options.
 
     Raises:
         RuntimeError: They differ. The first difference is named, on every process.
     """
-    lines: dict[Grid, list[str]] = {}
+    parameters: dict[Grid, list[str]] = {}
+    options: dict[Grid, list[str]] = {}
     for number, group in enumerate(groups):
-        frequency = group["precondition_frequency"]
-        period = "callable" if callable(frequency) else frequency
+        sharing = set()
         for index, parameter in enumerate(group["params"]):
             grid = grids.of(parameter)
             if grid is not None:
-                layout = layout_for(parameter, group)
-                lines.setdefault(grid, []).append(
+                sharing.add(grid)
+                parameters.setdefault(grid, []).append(
                     f"{name_of(group, index)} in group {number}: shape {tuple(parameter.shape)}, {parameter.dtype}, "
-                    f"requires_grad={parameter.requires_grad}, preconditioned axes {layout.axes} of {layout.shape}, "
-                    f"precondition_frequency {period}, pack_factors={group['pack_factors']}, "
-                    f"state_dtype={group['state_dtype']}"
+                    f"requires_grad={parameter.requires_grad}"
                 )
-    for grid, description in lines.items():
-        require_same(grid, "parameters", description)
+        for grid in sharing:
+            options.setdefault(grid, []).extend(
+                f"{name}={_plain(value)} in group {number}" for name, value in group.items() if name not in REST
+            )
+    for grid, lines in parameters.items():
+        require_same(grid, "parameters", lines)
+        require_same(grid, "options", options[grid])
 
 
-def check_gradients_agree(groups: Sequence[dict[str, Any]], places: Mapping[Tensor, Place], last: str) -> str:
+#: What a group has besides options.
+REST = ("params", "param_names")
+
+
+def _plain(value: Any) -> str:
+    """An option as text, without reading a tensor, which may be on a GPU, or the address of a function."""
+    if isinstance(value, Tensor):
+        return "a Tensor"
+    return "a callable" if callable(value) else repr(value)
+
+
+def check_gradients_agree(
+    groups: Sequence[dict[str, Any]], places: Mapping[Tensor, Place], last: Mapping[Grid, str]
+) -> Mapping[Grid, str]:
     """Raises unless the processes of each grid have gradients for the same parameters.
 
     Args:
@@ -54,21 +69,23 @@ def check_gradients_agree(groups: Sequence[dict[str, Any]], places: Mapping[Tens
     """
     if not places:
         return last
-    shared = [
-        (group, index, parameter)
-        for group in groups
-        for index, parameter in enumerate(group["params"])
-        if parameter in places
-    ]
-    pattern = "".join("-" if parameter.grad is None else "x" for *_, parameter in shared)
-    if pattern != last:
-        lines: dict[Grid, list[str]] = {}
-        for group, index, parameter in shared:
-            has = "no" if parameter.grad is None else "a"
-            lines.setdefault(places[parameter].grid, []).append(f"{name_of(group, index)} has {has} gradient")
-        for grid, description in lines.items():
-            require_same(grid, "gradients", description)
-    return pattern
+    shared: dict[Grid, list[tuple[dict[str, Any], int, Tensor]]] = {}
+    for group in groups:
+        for index, parameter in enumerate(group["params"]):
+            if parameter in places:
+                shared.setdefault(places[parameter].grid, []).append((group, index, parameter))
+    patterns = {
+        grid: "".join("-" if parameter.grad is None else "x" for *_, parameter in members)
+        for grid, members in shared.items()
+    }
+    for grid, members in shared.items():
+        if patterns[grid] != last.get(grid):
+            lines = [
+                f"{name_of(group, index)} has {'no' if parameter.grad is None else 'a'} gradient"
+                for group, index, parameter in members
+            ]
+            require_same(grid, "gradients", lines)
+    return patterns
 
 
 def require_same(grid: Grid, what: str, lines: Sequence[str]) -> None:

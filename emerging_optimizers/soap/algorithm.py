@@ -71,7 +71,7 @@ def updates_of(run: Run, group: dict[str, Any], timetable: Timetable, skipped: l
         else:
             part.counters("skipped_steps").add_(1)
             for index, one in zip(part.indices, part.split(part_grad), strict=True):
-                report_skipped_gradient(name_of(group, index), one)
+                report_skipped_gradient(name_of(group, index), one, run.layout is None and run.bucket.kind.pieces)
 
 
 def _update(

@@ -20,7 +20,7 @@ from emerging_optimizers.soap.ownership import place_parameters
 from emerging_optimizers.soap.packing import pack
 from emerging_optimizers.soap.placement import Grids, Place
 from emerging_optimizers.soap.shared_state import held_part
-from emerging_optimizers.soap.state import HOST_KEYS, meta_state
+from emerging_optimizers.soap.state import HOST_KEYS, STATE_DTYPES, meta_state
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +46,14 @@ def with_plain_options(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A number or text of a subclass (``numpy.float64``, a ``StrEnum``) as the base class: others do not load."""
+    """A number or text of a subclass (``numpy.float64``, a ``StrEnum``) as the base class: others do not load.
+
+    A dtype as its name: torch's distributed state dicts have places for numbers and texts only.
+    """
     if type(value) in (list, tuple):
         return type(value)(_plain(item) for item in value)
+    if isinstance(value, torch.dtype):
+        return str(value)
     for base in (float, int, str):
         if isinstance(value, base) and type(value) not in (base, bool):
             return base(value)
@@ -170,6 +175,9 @@ def _groups_to_load(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) ->
                     live_frequency,
                 )
             group["precondition_frequency"] = live_frequency
+        if isinstance(group["state_dtype"], str):
+            dtypes = {str(dtype): dtype for dtype in STATE_DTYPES}
+            group["state_dtype"] = dtypes.get(group["state_dtype"], group["state_dtype"])
         try:
             validate_options(group)
         except (TypeError, ValueError) as error:

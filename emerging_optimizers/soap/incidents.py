@@ -1,8 +1,8 @@
 """What went wrong and was survived: counted in this process, and told once per kind.
 
-Kinds are "gradient with NaN", "gradient with Inf", "gradient overflows" and "gradient skipped on cuda:0" (there nobody
-waits to learn why); and for a decomposition, "eigh" or "qr": "eigh float64", "eigh cpu" and "eigh kept", by what
-helped in the end.
+Kinds are "gradient with NaN", "gradient with Inf", "gradient overflows", "gradient spoiled elsewhere" (of a piece, in
+another process) and "gradient skipped on cuda:0" (there nobody waits to learn why); and for a decomposition, "eigh" or
+"qr": "eigh float64", "eigh cpu" and "eigh kept", by what helped in the end.
 """
 
 from __future__ import annotations
@@ -53,12 +53,20 @@ def report(kind: str, message: str, *arguments: object, times: int = 1) -> None:
         logger.warning(message + " Further cases are counted, not logged.", *arguments)
 
 
-def report_skipped_gradient(name: str, grad: Tensor) -> None:
-    """Reports that the tensor called ``name`` was not stepped because of this gradient. Waits for its device."""
+def report_skipped_gradient(name: str, grad: Tensor, piece: bool = False) -> None:
+    """Reports that the tensor called ``name`` was not stepped because of this gradient. Waits for its device.
+
+    Args:
+        name: What to call the tensor.
+        grad: The gradient.
+        piece: Whether other processes have more of it.
+    """
     if bool(grad.isnan().any()):
         kind, reason = "gradient with NaN", "has NaN"
     elif bool(grad.isinf().any()):
         kind, reason = "gradient with Inf", "has Inf"
+    elif piece:
+        kind, reason = "gradient spoiled elsewhere", "has NaN or Inf or overflows, with what other processes have of it"
     else:
         kind, reason = "gradient overflows", "overflows when squared"
     report(kind, "The gradient of %s %s. The tensor was left as it is; state['skipped_steps'] counts.", name, reason)

@@ -8,15 +8,15 @@ FSDP2 a grid of one row, HSDP has rows and columns, and a single process is no g
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 LONGEST_VECTOR = 2**20
 
 #: Per axis of a tensor, which of its indices a process has.
-Piece = tuple[slice | Tensor, ...]
+Piece = tuple[slice, ...]
 
 
 class Grid:
@@ -164,6 +164,8 @@ class Grids:
             raise TypeError(
                 f"process_group must be a ProcessGroup, a DeviceMesh or None, got {type(process_group).__name__}"
             )
+        #: Of the parameters that several processes hold.
+        self.places: Mapping[Tensor, Place] = {}
         #: Whether a DTensor has been asked for.
         self.have_dtensors = False
         self._replicated: Grid | None = None
@@ -173,7 +175,11 @@ class Grids:
         self._of_meshes: dict[tuple[DeviceMesh, tuple[int, ...]], Grid] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Grids:
-        return self  # processes are not copied with an optimizer
+        """The same processes, which are not copied, and the same places for the copies of the parameters."""
+        other = object.__new__(Grids)
+        vars(other).update(vars(self))
+        other.places = {copy.deepcopy(parameter, memo): place for parameter, place in self.places.items()}
+        return other
 
     def __reduce__(self) -> Any:
         if self._replicated is None:
@@ -235,52 +241,41 @@ def pieces(parameter: Tensor, grid: Grid) -> list[Piece]:
         return [tuple(slice(0, size) for size in parameter.shape)]
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
     cuts = tuple(
-        (dim, placement.dim % max(parameter.dim(), 1), int(getattr(placement, "split_factor", 1)))
+        (mesh.size(dim), placement.dim % max(parameter.dim(), 1), int(getattr(placement, "split_factor", 1)))
         for dim, placement in enumerate(placements)
         if not placement.is_replicate()
     )
-    return _pieces(tuple(parameter.shape), tuple(mesh.size(dim) for dim, *_ in cuts), cuts, parameter.device)
+    return _pieces(tuple(parameter.shape), cuts)
 
 
 @lru_cache(maxsize=1024)
-def _pieces(
-    shape: tuple[int, ...], counts: tuple[int, ...], cuts: tuple[tuple[int, int, int], ...], device: torch.device
-) -> list[Piece]:
-    """Cuts the tensor along one mesh dimension after the other.
+def _pieces(shape: tuple[int, ...], cuts: tuple[tuple[int, int, int], ...]) -> list[Piece]:
+    """Cuts a tensor along one mesh dimension after the other.
 
     Args:
         shape: Its shape.
-        counts: The sizes of the sharded mesh dimensions.
-        cuts: For each of them its number, the tensor's axis, and the split factor: into how many parts the axis is
-            split first, of each of which a process then has a share (FSDP2 over tensor parallelism; else 1).
-        device: Where index tensors, for pieces that are not in one part, are made.
+        cuts: For each sharded mesh dimension the number of parts, the tensor's axis, and the split factor: the number
+            of parts that the axis is in already when this dimension cuts it, which is how FSDP2 over tensor
+            parallelism writes that it cuts last, though its dimension comes first.
     """
+    in_turn = sorted(range(len(cuts)), key=lambda cut: cuts[cut][2])
     found = []
-    for coordinate in product(*(range(count) for count in counts)):
-        held = [list(range(size)) for size in shape]
-        for place, count, (_, axis, factor) in zip(coordinate, counts, cuts, strict=True):
-            parts = [_chunk(part, count, place) for part in (_chunk(held[axis], factor, f) for f in range(factor))]
-            held[axis] = [index for part in parts for index in part]
-        found.append(_as_piece(held, device))
+    for coordinate in product(*(range(count) for count, *_ in cuts)):
+        held = [slice(0, size) for size in shape]
+        for cut in in_turn:
+            count, axis, _ = cuts[cut]
+            held[axis] = _chunk(held[axis], count, coordinate[cut])
+        found.append(tuple(held))
     return found
 
 
-def _chunk(indices: list[int], count: int, place: int) -> list[int]:
+def _chunk(indices: slice, count: int, place: int) -> slice:
     """The one at ``place`` of ``count`` chunks, as ``torch.chunk`` cuts, with empty ones at the end."""
-    size = -(-len(indices) // count)
-    return indices[place * size : (place + 1) * size]
-
-
-def _as_piece(held: list[list[int]], device: torch.device) -> Piece:
-    if all(indices == list(range(indices[0], indices[-1] + 1)) for indices in held if indices):
-        return tuple(slice(indices[0], indices[-1] + 1) if indices else slice(0, 0) for indices in held)
-    # As numpy.ix_: index tensors that broadcast against each other pick the block in rows and columns.
-    return tuple(
-        torch.tensor(indices, device=device).view(-1, *[1] * (len(held) - 1 - axis))
-        for axis, indices in enumerate(held)
-    )
+    size = -(-(indices.stop - indices.start) // count)
+    start = min(indices.start + place * size, indices.stop)
+    return slice(start, min(start + size, indices.stop))
 
 
 def shape_of(piece: Piece) -> tuple[int, ...]:
     """The shape of a piece."""
-    return tuple(p.numel() if isinstance(p, Tensor) else p.stop - p.start for p in piece)
+    return tuple(p.stop - p.start for p in piece)

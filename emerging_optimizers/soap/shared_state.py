@@ -23,7 +23,7 @@ State = dict[str, Any]
 def share_states(
     groups: Sequence[dict[str, Any]], states: Mapping[Tensor, State], places: Mapping[Tensor, Place]
 ) -> dict[Tensor, State]:
-    """What a state dict has for each parameter. A collective: every process must call it.
+    """What a state dict has for each parameter: copies. A collective: every process must call it.
 
     Args:
         groups: The parameter groups.
@@ -45,14 +45,16 @@ def share_states(
                 owned.setdefault(place.grid, []).append((parameter, place.owner, meta_state(parameter, group)))
             elif is_dtensor(parameter):
                 shared[parameter] = {
-                    key: _like(parameter, value) if key.startswith("exp_avg") else value for key, value in state.items()
+                    key: _like(parameter, value.clone()) if key.startswith("exp_avg") else value.clone()
+                    for key, value in state.items()
                 }
             else:
-                shared[parameter] = dict(state)
+                shared[parameter] = {key: value.clone() for key, value in state.items()}
     for grid, entries in owned.items():
         for batch in _batches(entries, grid):
             shared.update(_hand_out(batch, states, grid))
-    return {parameter: shared[parameter] for parameter in states if parameter in shared}
+    # Not in the order of the states, which differs between processes: torch gathers full state dicts in this order.
+    return {p: shared[p] for group in groups for p in group["params"] if p in shared}
 
 
 def _like(parameter: Any, local: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ def _hand_out(
         state: State = {}
         for key, template in wanted.items():
             if key == "step":
-                state[key] = states[parameter][key]
+                state[key] = states[parameter][key].clone()
                 continue
             share = next(arrived[owner]).clone()  # or the buffer would live as long as any part of it
             if template.dim() == 0:

@@ -24,7 +24,7 @@ from emerging_optimizers.soap.functional import (
 from emerging_optimizers.soap.layout import layout_for
 from emerging_optimizers.soap.options import name_of, validate_options
 from emerging_optimizers.soap.ownership import place_parameters
-from emerging_optimizers.soap.placement import Grids, Place, local_tensor, warn_if_flattened
+from emerging_optimizers.soap.placement import Grid, Grids, local_tensor, warn_if_flattened
 from emerging_optimizers.soap.rounds import Plan
 from emerging_optimizers.soap.shared_state import share_states
 from emerging_optimizers.soap.state import fits, is_elsewhere
@@ -150,10 +150,8 @@ class SOAP(WeightDecayMixin, Optimizer):
     _plan: Plan | None = None
     #: Whether the constructor is done, which compares its groups with other processes' all at once.
     _constructed = False
-    #: Of the parameters that several processes hold.
-    _places: Mapping[Tensor, Place] = {}
-    #: Which of them had a gradient when the processes last compared.
-    _grad_pattern = ""
+    #: Which parameters had a gradient when the processes last compared.
+    _grad_patterns: Mapping[Grid, str] = {}
 
     def __init__(
         self,
@@ -249,13 +247,20 @@ class SOAP(WeightDecayMixin, Optimizer):
         A ``precondition_frequency`` that is a callable is not part of it. Where several processes hold a parameter,
         the tensors are DTensors, and every process must call this.
         """
-        state_dict = with_plain_options(super().state_dict())
         self._place_parameters()
-        if self._places or self._grids.have_dtensors:
+        if not (self._grids.places or self._grids.have_dtensors):
+            return with_plain_options(super().state_dict())
+
+        def share(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-            shared = share_states(self.param_groups, self.state, self._places)
-            state_dict["state"] = {numbers[parameter]: state for parameter, state in shared.items()}
-        return state_dict
+            shared = share_states(self.param_groups, self.state, self._grids.places)
+            return {**state_dict, "state": {numbers[parameter]: state for parameter, state in shared.items()}}
+
+        handle = self.register_state_dict_post_hook(share, prepend=True)  # before the user's
+        try:
+            return with_plain_options(super().state_dict())
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a copy of a state, each tensor in the dtype that it has here, whatever the parameter's.
@@ -272,7 +277,7 @@ class SOAP(WeightDecayMixin, Optimizer):
             TypeError: Something in it has the wrong type.
             ValueError: Groups, options, keys or shapes do not fit. Nothing has changed then.
         """
-        self._places = load_exactly(self, super().load_state_dict, state_dict, self._grids)
+        self._grids.places = load_exactly(self, super().load_state_dict, state_dict, self._grids)
         self._plan = None  # or the old state would live on beside the new one until the next step
 
     @overload
@@ -304,10 +309,10 @@ class SOAP(WeightDecayMixin, Optimizer):
         for group in self.param_groups:
             validate_options(group)  # a scheduler or a user may have changed them
         self._place_parameters()
+        self._grad_patterns = check_gradients_agree(self.param_groups, self._grids.places, self._grad_patterns)
         for group in self.param_groups:
             self._check_gradients(group)
-        self._grad_pattern = check_gradients_agree(self.param_groups, self._places, self._grad_pattern)
-        plan = self._plan = Plan(self.param_groups, self.state, self._places, self._plan)
+        plan = self._plan = Plan(self.param_groups, self.state, self._grids.places, self._plan)
         plan.step(self.param_groups, self.state)
         return loss
 
@@ -351,16 +356,16 @@ class SOAP(WeightDecayMixin, Optimizer):
                 kind = "complex" if grad.is_complex() else "sparse"
                 raise RuntimeError(f"SOAP does not support {kind} gradients, got one for {name_of(group, index)}")
         if group["nonfinite"] == "raise":
-            unusable = first_unusable_gradient(group, self._places)
+            unusable = first_unusable_gradient(group, self._grids.places)
             if unusable is not None:
                 raise RuntimeError(f"The gradient of {name_of(group, unusable)} has NaN or Inf entries, or overflows")
 
     def _place_parameters(self) -> None:
         """Says of every parameter which process works on it. Those that have a place keep it."""
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
-        if any(p not in self._places and self._grids.of(p) is not None for p in parameters):
-            self._places = place_parameters(self.param_groups, self._grids, self._places)
+        if any(p not in self._grids.places and self._grids.of(p) is not None for p in parameters):
+            self._grids.places = place_parameters(self.param_groups, self._grids, self._grids.places)
         for group in self.param_groups:
             if group["stagger_updates"] and STAGGER_PROCESSES not in group:
-                sizes = [self._places[p].grid.size for p in group["params"] if p in self._places]
+                sizes = [self._grids.places[p].grid.size for p in group["params"] if p in self._grids.places]
                 group[STAGGER_PROCESSES] = max(sizes, default=1)
