@@ -19,7 +19,7 @@ MOST_RANKS = 4096
 RISKS = {
     "pack_factors": "rounding alone; no loss seen over three seeds (docs/performance.md, Memory)",
     "state_dtype": "bfloat16 moments and bases; no loss seen over three seeds (docs/performance.md, Memory)",
-    "precondition_frequency": "staler bases; the paper's ablation loses a little with each doubling, not measured here",
+    "precondition_frequency": "staler bases; worse the longer the period in the paper's ablation, not measured here",
     "merge_dims": "another preconditioner for tensors of more than two axes; not measured",
     "max_precond_dim": "longer axes keep no eigenbasis (one-sided); not measured",
 }

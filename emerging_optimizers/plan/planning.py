@@ -174,7 +174,7 @@ def plan(
     Example:
         >>> planned = plan(nn.Linear(64, 32), precondition_frequency=10)
         >>> [(row.name, row.reason, row.soap.state_bytes) for row in planned.rows]
-        [('weight', 'matrix: axes 0, 1 of 32x64', 57376), ('bias', 'fewer than 2 axes', 272)]
+        [('weight', 'axes 0, 1 of 32x64', 57376), ('bias', 'fewer than 2 axes', 272)]
         >>> planned.totals["adamw"].state_bytes
         16648
     """
@@ -228,12 +228,16 @@ def _treatment(route: Any, layout: Layout, longest: int) -> tuple[str, str]:
     if not layout.axes:
         whole = any(size > longest for size in layout.shape)
         return "adamw", f"every axis is longer than max_precond_dim={longest}" if whole else "fewer than 2 axes"
-    # Without routing there may be an embedding here, which is no reason to precondition it.
-    what = route.reason if route.optimizer == "soap" else "not routed"
-    shape = "x".join(map(str, layout.shape))
-    left = [axis for axis in range(len(layout.shape)) if axis not in layout.axes]
-    axes = f"{what}: {'axis' if len(layout.axes) == 1 else 'axes'} {', '.join(map(str, layout.axes))} of {shape}"
-    return "soap", axes + (f"; the rest longer than max_precond_dim={longest}" if left else "")
+    words = [f"{_axes(layout.axes)} of {'x'.join(map(str, layout.shape))}"]
+    if len(layout.shape) < len(route.shape):
+        words.append(f"folded from {len(route.shape)}")
+    if left := [axis for axis in range(len(layout.shape)) if axis not in layout.axes]:
+        words.append(f"{_axes(left)} longer than max_precond_dim={longest}")
+    return "soap", ", ".join(words)
+
+
+def _axes(axes: Sequence[int]) -> str:
+    return f"{'axis' if len(axes) == 1 else 'axes'} {', '.join(map(str, axes))}"
 
 
 def _shares(rows: Sequence[Row], frequency: int, ranks: int, sharded: bool) -> tuple[Share, ...]:

@@ -184,8 +184,9 @@ def test_the_options_are_those_of_a_soap() -> None:
 def test_a_row_says_what_is_preconditioned_and_why_not() -> None:
     reasons = {row.name: (row.optimizer, row.reason) for row in plan(Language(), max_precond_dim=10).rows}
     assert reasons["embed.weight"] == ("adamw", "embedding")
-    assert reasons["up.weight"] == ("soap", "matrix: axis 1 of 24x8; the rest longer than max_precond_dim=10")
+    assert reasons["up.weight"] == ("soap", "axis 1 of 24x8, axis 0 longer than max_precond_dim=10")
     assert reasons["head.weight"] == ("adamw", "output head")
+    assert plan(nn.Conv2d(3, 4, 5), merge_dims=True).rows[0].reason == "axes 0, 1 of 4x75, folded from 4"
     assert plan(nn.Linear(4, 6), max_precond_dim=3).rows[0].reason == "every axis is longer than max_precond_dim=3"
 
 
