@@ -29,9 +29,9 @@ def plan(
             "module; or a file: Hugging Face config.json, .safetensors or its index, torch checkpoint",
         ),
     ],
-    frequency: Annotated[int, typer.Option(min=1, help="steps between eigenbasis refreshes")] = 10,
+    frequency: Annotated[int, typer.Option(min=1, max=10**15, help="steps between eigenbasis refreshes")] = 10,
     max_precond_dim: Annotated[
-        int | None, typer.Option(min=0, help="a longer axis keeps no factor  [default: SOAP's, 10000]")
+        int | None, typer.Option(min=0, max=10**15, help="a longer axis keeps no factor  [default: SOAP's, 10000]")
     ] = None,
     merge_dims: Annotated[bool, typer.Option("--merge-dims", help="fold a convolution's axes")] = False,
     pack_factors: Annotated[bool, typer.Option("--pack-factors", help="keep a triangle of each factor")] = False,
@@ -44,12 +44,13 @@ def plan(
     dtype: Annotated[
         str | None, typer.Option(help="of the parameters: float32, bfloat16, float16, float64  [default: the model's]")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="processes that divide the work")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, max=10_000, help="processes that divide the work")] = 1,
     sharded: Annotated[
         bool, typer.Option("--sharded", help="weights sharded over the ranks (FSDP2), not whole on each (DDP)")
     ] = False,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="batch in tokens, all ranks; shows the overhead of the optimizer")
+        int | None,
+        typer.Option(min=1, max=10**15, help="batch in tokens, all ranks; shows the overhead of the optimizer"),
     ] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="24GB or 24GiB: options whose state fits into it on every rank")
@@ -121,13 +122,13 @@ def read_budget(memory: str | None, with_weights: bool, overhead: str | None, to
         raise LabError("--overhead is a share of the training step: give its batch with --tokens")
     size = share = None
     if memory is not None:
-        found = re.fullmatch(r"(\d+\.?\d*)\s*([A-Za-z]+)", memory.strip())
+        found = re.fullmatch(r"(\d{1,15}\.?\d{0,15})\s*([A-Za-z]+)", memory.strip())
         unit = next((unit for unit in UNITS if found and unit.lower() == found[2].lower()), None)
         size = int(float(found[1]) * UNITS[unit]) if found and unit else 0
         if size < 1:
             raise LabError(f"--memory {memory}: expected a size with its unit, for example 24GB or 512MiB")
     if overhead is not None:
-        found = re.fullmatch(r"(\d+\.?\d*)\s*%", overhead.strip())
+        found = re.fullmatch(r"(\d{1,15}\.?\d{0,15})\s*%", overhead.strip())
         share = float(found[1]) / 100 if found else 0.0
         if not share > 0:
             raise LabError(f"--overhead {overhead}: expected a percentage, for example 5%")

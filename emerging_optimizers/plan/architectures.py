@@ -14,6 +14,9 @@ import torch
 from emerging_optimizers.plan.shapes import Model
 from emerging_optimizers.routing import route_shapes
 
+#: What a damaged file may ask for is not built.
+MOST_LAYERS, LARGEST_SIZE = 10_000, 2**31
+
 Shapes = dict[str, tuple[int, ...]]
 
 _LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "tie_word_embeddings": False}
@@ -36,7 +39,7 @@ def decoder(config: Mapping[str, Any], name: str) -> Model:
         name: What to call the model.
 
     Raises:
-        ValueError: Its ``model_type`` is not known here, or a number is missing or no positive integer.
+        ValueError: Its ``model_type`` is not known here, or a number is missing or impossible.
 
     Example:
         >>> sum(route.numel for route in decoder(PRESET_CONFIGS["gpt2"], "gpt2").routes)
@@ -59,8 +62,9 @@ def _dtype(config: Mapping[str, Any]) -> torch.dtype:
 def _number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} must be a positive integer, got {value!r}")
+    most = MOST_LAYERS if key in ("n_layer", "num_hidden_layers") else LARGEST_SIZE
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{key} must be an integer from 1 to {most:,}, got {value!r}")
     return value
 
 

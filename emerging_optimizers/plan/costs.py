@@ -76,7 +76,10 @@ def soap_cost(shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, 
 def _soap_cost(shape: tuple[int, ...], dtype: torch.dtype, values: tuple[Any, ...]) -> Cost:
     options = dict(zip(STATE_OPTIONS, values, strict=True))
     layout = layout_under(shape, options)
-    state = meta_state(torch.empty(shape, dtype=dtype, device="meta"), options)
+    try:
+        state = meta_state(torch.empty(shape, dtype=dtype, device="meta"), options)
+    except (RuntimeError, OverflowError, TypeError) as error:  # no tensor counts so far, not even one without storage
+        raise ValueError(f"a tensor of shape {shape} has more state than can be counted") from error
     return Cost(
         sum(value.numel() * value.element_size() for value in state.values()),
         step_flops(layout) + ADAM_FLOPS_PER_ELEMENT * prod(shape),

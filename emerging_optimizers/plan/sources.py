@@ -49,9 +49,9 @@ def load_model(source: str) -> Model:
     if source in PRESETS:
         return {"resnet50": resnet50, "vit-b": vit_b}[source]()
     path = Path(source)
-    if path.is_dir() and (path / "config.json").is_file():
-        path = path / "config.json"
     try:
+        if path.is_dir() and (path / "config.json").is_file():
+            path = path / "config.json"
         if path.is_file():
             return _from_file(path)
     except OSError as error:

@@ -299,7 +299,12 @@ def test_a_function_is_called_on_the_meta_device(tmp_path: Path, monkeypatch: py
     ("file", "content", "complaint"),
     [
         ("config.json", b'{"model_type": "bert"}', "model_type must be one of gpt2, llama, mistral, qwen2, got 'bert'"),
-        ("config.json", b'{"model_type": "llama"}', "hidden_size must be a positive integer, got None"),
+        (
+            "config.json",
+            b'{"model_type": "gpt2", "vocab_size": 9, "n_embd": 8, "n_positions": 8, "n_layer": 1000000000}',
+            "n_layer must be an integer from 1 to 10,000, got 1000000000",
+        ),
+        ("config.json", b'{"model_type": "llama"}', "hidden_size must be an integer from 1 to 2,147,483,648, got None"),
         ("config.json", b"{", "not a JSON file"),
         ("config.json", b"[]", "no JSON object"),
         ("a.safetensors", b"abc", "not a safetensors file"),
@@ -400,6 +405,8 @@ def test_weights_and_gradients_count_if_asked_for() -> None:
         ({"process_group": None}, TypeError, "'process_group', which is neither"),
         ({"precondition_frequency": 0}, ValueError, "Invalid precondition_frequency: 0"),
         ({"model": [3]}, TypeError, "model must be a module, a mapping .*, got list"),
+        ({"model": {"w": (2**40, 4)}, "max_precond_dim": 2**41}, ValueError, "more state than can be counted"),
+        ({"model": {"w": (2**80, 4)}}, ValueError, "more state than can be counted"),
         ({"model": {"w": (3, -1)}}, ValueError, "the shape of 'w' must be integers >= 0"),
     ],
 )
