@@ -28,8 +28,8 @@ class Rates:
     Attributes:
         device: Where.
         threads: torch's threads, for a CPU.
-        matmul: FLOPs per second of products of stacked d x d matrices, by d.
-        qr: FLOPs per second of their QR, which counts as 4 d^3, by d.
+        product_rates: FLOPs per second of products of stacked d x d matrices, by d.
+        qr_rates: FLOPs per second of their QR, which counts as 4 d^3, by d.
         adam_seconds: Per element of a tensor that is not preconditioned.
         element_seconds: Per element of a preconditioned tensor and of its factors, besides the products of a step.
         refresh_element_seconds: The same, besides products and QR of a refresh.
@@ -38,8 +38,8 @@ class Rates:
 
     device: str
     threads: int
-    matmul: Mapping[int, float]
-    qr: Mapping[int, float]
+    product_rates: Mapping[int, float]
+    qr_rates: Mapping[int, float]
     adam_seconds: float
     element_seconds: float
     refresh_element_seconds: float
@@ -126,15 +126,15 @@ def predict(planned: Plan, rates: Rates) -> Prediction:
 def _step_seconds(row: Row, rates: Rates) -> float:
     if not row.layout.axes:
         return row.numel * rates.adam_seconds
-    products = sum(6 * row.numel * size / _rate(rates.matmul, min(size, rest)) for size, rest in _sides(row))
+    products = sum(6 * row.numel * size / _rate(rates.product_rates, min(size, rest)) for size, rest in _sides(row))
     return products + _touched(row) * rates.element_seconds
 
 
 def _refresh_seconds(row: Row, rates: Rates) -> float:
     total = _touched(row) * rates.refresh_element_seconds
     for size, rest in _sides(row):
-        total += 2 * size**3 / _rate(rates.matmul, size) + 4 * size**3 / _rate(rates.qr, size)
-        total += 4 * row.numel * size / _rate(rates.matmul, min(size, rest))
+        total += 2 * size**3 / _rate(rates.product_rates, size) + 4 * size**3 / _rate(rates.qr_rates, size)
+        total += 4 * row.numel * size / _rate(rates.product_rates, min(size, rest))
     return total
 
 
