@@ -7,7 +7,8 @@ runs AdamW for a group with ``max_precond_dim=0``, so one optimizer serves both 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -132,22 +133,64 @@ def route_parameters(
     for name, parameter in parameters.items():
         if parameter in asked_adamw and parameter in asked_soap:
             raise ValueError(f"{name!r} is asked for in adamw and in soap; name it once")
-        if not parameter.requires_grad:
-            optimizer, reason = "frozen", "requires_grad is off"
-        elif parameter in asked_adamw:
-            optimizer, reason = "adamw", "as asked"
-        elif parameter in asked_soap:
-            optimizer, reason = "soap", "as asked"
-        elif parameter in embeddings:
-            optimizer, reason = "adamw", "embedding"
-        elif sum(size > 1 for size in parameter.shape) < 2:
-            optimizer, reason = "adamw", "fewer than 2 axes"
-        elif parameter in heads:
-            optimizer, reason = "adamw", "output head"
-        else:
-            optimizer, reason = "soap", "matrix" if parameter.dim() == 2 else f"{parameter.dim()} axes"
+        optimizer, reason = _treatment(
+            parameter.shape,
+            frozen=not parameter.requires_grad,
+            asked="adamw" if parameter in asked_adamw else "soap" if parameter in asked_soap else None,
+            embedding=parameter in embeddings,
+            head=parameter in heads,
+        )
         routes.append(Route(name, tuple(parameter.shape), parameter.numel(), optimizer, reason))
     return Routing(routes, parameters)
+
+
+def route_shapes(
+    shapes: Mapping[str, Sequence[int]], *, embeddings: Collection[str] = (), heads: Collection[str] = ()
+) -> tuple[Route, ...]:
+    """Decides as :func:`route_parameters` does, for a model of which only the shapes are known.
+
+    Args:
+        shapes: The parameters' names and shapes, all of them trained.
+        embeddings: Names of the parameters of embeddings.
+        heads: Names of the parameters of output heads.
+
+    Returns:
+        One :class:`Route` per parameter, in order.
+
+    Raises:
+        ValueError: A name is not one of ``shapes``.
+
+    Example:
+        >>> for route in route_shapes({"wte": (50, 8), "up": (32, 8)}, embeddings=["wte"]):
+        ...     print(route.name, route.optimizer, route.reason)
+        wte adamw embedding
+        up soap matrix
+    """
+    for argument, names in {"embeddings": embeddings, "heads": heads}.items():
+        for name in names:
+            if name not in shapes:
+                raise ValueError(f"{argument} names {name!r}, which is none of the shapes")
+    return tuple(
+        Route(name, tuple(shape), prod(shape), *_treatment(shape, embedding=name in embeddings, head=name in heads))
+        for name, shape in shapes.items()
+    )
+
+
+def _treatment(
+    shape: Sequence[int], *, frozen: bool = False, asked: str | None = None, embedding: bool, head: bool
+) -> tuple[str, str]:
+    """The optimizer of a parameter, and why."""
+    if frozen:
+        return "frozen", "requires_grad is off"
+    if asked is not None:
+        return asked, "as asked"
+    if embedding:
+        return "adamw", "embedding"
+    if sum(size > 1 for size in shape) < 2:
+        return "adamw", "fewer than 2 axes"
+    if head:
+        return "adamw", "output head"
+    return "soap", "matrix" if len(shape) == 2 else f"{len(shape)} axes"
 
 
 def _tensors_of(model: nn.Module, names: Collection[str]) -> Iterator[Tensor]:

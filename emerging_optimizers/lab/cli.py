@@ -17,6 +17,7 @@ except ModuleNotFoundError:
     raise SystemExit(2) from None
 
 from emerging_optimizers.lab.errors import LabError  # noqa: E402 (typer first: all else needs it)
+from emerging_optimizers.lab.planning import plan  # noqa: E402
 from emerging_optimizers.lab.printable import printable  # noqa: E402
 
 if TYPE_CHECKING:
@@ -25,12 +26,8 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_SAVES = 60.0
 
-app = typer.Typer(help="Race the SOAP optimizer against others.", add_completion=False, rich_markup_mode=None)
-
-
-@app.callback()
-def soap() -> None:
-    """Race the SOAP optimizer against others."""  # the callback keeps `race` a subcommand while it is the only one
+app = typer.Typer(help="Plan the SOAP optimizer for a model, or race it.", add_completion=False, rich_markup_mode=None)
+app.command()(plan)
 
 
 @app.command()
@@ -153,6 +150,12 @@ def _play(race: Race, folder: Path) -> None:
         raise typer.Exit(128 + stop.received)
 
 
+def _command(error: typer.TyperException) -> str:
+    """The command in which a mistake was made, as its user typed it."""
+    context = getattr(error, "ctx", None)
+    return context.command_path if context is not None else "soap"
+
+
 def _complain(message: str) -> int:
     print(f"soap: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
@@ -172,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     except LabError as error:
         return _complain(str(error))
     except typer.TyperException as error:
-        return _complain(f"{error.format_message()} See soap race --help.")
+        return _complain(f"{error.format_message()} See {_command(error)} --help.")
     except OSError as error:  # a full disk, a folder that was taken away during the race
         return _complain(f"{error.filename or 'the output folder'}: {error.strerror}")
     except ModuleNotFoundError as error:

@@ -50,3 +50,19 @@ def test_every_test_that_the_reliability_page_names_exists() -> None:
         for file, name in named:
             tree = ast.parse((ROOT / "tests" / "reliability" / file).read_text(encoding="utf-8"))
             assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, name
+
+
+def test_the_example_of_the_planners_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = python_blocks("docs/planner.md")
+    exec(compile(block, "docs/planner.md", "exec"), {})
+    assert "True [('pack_factors', True), ('state_dtype', torch.bfloat16)]" in capsys.readouterr().out
+
+
+def test_the_output_on_the_planners_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    from emerging_optimizers.lab.cli import main
+
+    page = (ROOT / "docs" / "planner.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"```\nsoap (.*?)\n```", page)
+    (shown,) = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
+    assert main(command.split()) == 0
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == shown.splitlines()

@@ -1,0 +1,187 @@
+"""From FLOPs to milliseconds on this machine: rates of products and of QR by size, and what a step costs besides."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from emerging_optimizers.plan.planning import Plan, Row
+from emerging_optimizers.soap import SOAP
+from emerging_optimizers.soap.decompositions import orthonormal_columns
+
+SIZES = (32, 64, 128, 256, 512, 1024)
+#: A stack of this many elements is measured, or one matrix: SOAP batches matrices of one shape.
+STACK_ELEMENTS = 2**20
+SMALL = 64  # the size at which what is not a product weighs most
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What was measured here, in float32.
+
+    Attributes:
+        device: Where.
+        threads: torch's threads, for a CPU.
+        product_rates: FLOPs per second of products of stacked d x d matrices, by d.
+        qr_rates: FLOPs per second of their QR, which counts as 4 d^3, by d.
+        adam_seconds: Per element of a tensor that is not preconditioned.
+        element_seconds: Per element of a preconditioned tensor and of its factors, besides the products of a step.
+        refresh_element_seconds: The same, besides products and QR of a refresh.
+        step_seconds: Of any step, whatever its size.
+    """
+
+    device: str
+    threads: int
+    product_rates: Mapping[int, float]
+    qr_rates: Mapping[int, float]
+    adam_seconds: float
+    element_seconds: float
+    refresh_element_seconds: float
+    step_seconds: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of SOAP's steps on one rank.
+
+    Attributes:
+        step: Without a refresh.
+        refresh: On top where all eigenbases are refreshed.
+        mean: Per step, refreshes included.
+    """
+
+    step: float
+    refresh: float
+    mean: float
+
+
+def calibrate(seconds: float = 10.0, device: str | torch.device = "cpu") -> Rates:
+    """Measures rates on this machine.
+
+    Args:
+        seconds: How long to measure; on a slow machine the largest products may take longer.
+        device: Where.
+
+    Raises:
+        ValueError: ``seconds`` is not positive.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds must be positive, got {seconds}")
+    where = torch.device(device)
+    slot = seconds / (2 * len(SIZES) + 6)  # a SOAP step takes two
+    generator = torch.Generator().manual_seed(0)
+    matmul, qr = {}, {}
+    for size in SIZES:
+        count = max(1, STACK_ELEMENTS // size**2)
+        stack = torch.randn(count, size, size, generator=generator).to(where)
+        out = torch.empty_like(stack)
+        taken = _time(lambda a=stack, b=out: torch.matmul(a, a, out=b), slot, where)  # type: ignore[misc]
+        matmul[size] = 2 * size**3 * count / taken
+        taken = _time(lambda a=stack: orthonormal_columns(a, a), slot, where)  # type: ignore[misc]
+        qr[size] = 4 * size**3 * count / taken
+    few = _soap_step([(1,)], slot, where)
+    vector = _soap_step([(2**20,)], slot, where)
+    bare = Rates(str(where), torch.get_num_threads(), matmul, qr, max(0.0, vector - few) / 2**20, 0.0, 0.0, few)
+    shapes: list[tuple[int, ...]] = [(SMALL, SMALL)] * (STACK_ELEMENTS // SMALL**2)
+    elements = STACK_ELEMENTS // SMALL**2 * SMALL**2
+    plain = _soap_step(shapes, 2 * slot, where, precondition_frequency=10**9)
+    refreshing = _soap_step(shapes, 2 * slot, where, precondition_frequency=1)
+    products = elements * 12 * SMALL / matmul[SMALL]
+    refresh = 2 * elements * (6 * SMALL / matmul[SMALL] + 4 * SMALL / qr[SMALL])
+    return Rates(
+        bare.device,
+        bare.threads,
+        matmul,
+        qr,
+        bare.adam_seconds,
+        max(0.0, plain - few - products) / (3 * elements),
+        max(0.0, refreshing - plain - refresh) / (3 * elements),
+        few,
+    )
+
+
+def predict(planned: Plan, rates: Rates) -> Prediction:
+    """Predicts the time of SOAP's step, for a plan on one rank.
+
+    Args:
+        planned: The plan. Its dtype should be float32 and its options those of the default precision.
+        rates: From :func:`calibrate`, on the machine in question.
+
+    Raises:
+        ValueError: The plan has several ranks, whose transfers were not measured.
+    """
+    if planned.ranks != 1:
+        raise ValueError(f"a prediction needs a plan for 1 rank, got {planned.ranks}")
+    step = rates.step_seconds + sum(_step_seconds(row, rates) for row in planned.rows if row.optimizer != "frozen")
+    refresh = sum(_refresh_seconds(row, rates) for row in planned.rows if row.layout.axes)
+    return Prediction(step, refresh, step + refresh / planned.frequency)
+
+
+def _step_seconds(row: Row, rates: Rates) -> float:
+    if not row.layout.axes:
+        return row.numel * rates.adam_seconds
+    products = sum(6 * row.numel * size / _rate(rates.product_rates, min(size, rest)) for size, rest in _sides(row))
+    return products + _touched(row) * rates.element_seconds
+
+
+def _refresh_seconds(row: Row, rates: Rates) -> float:
+    total = _touched(row) * rates.refresh_element_seconds
+    for size, rest in _sides(row):
+        total += 2 * size**3 / _rate(rates.product_rates, size) + 4 * size**3 / _rate(rates.qr_rates, size)
+        total += 4 * row.numel * size / _rate(rates.product_rates, min(size, rest))
+    return total
+
+
+def _touched(row: Row) -> int:
+    """Elements of the tensor and of its factors."""
+    return row.numel + sum(row.layout.shape[axis] ** 2 for axis in row.layout.axes)
+
+
+def _sides(row: Row) -> list[tuple[int, int]]:
+    """The sides of the matricisation along each preconditioned axis."""
+    return [(row.layout.shape[axis], row.numel // row.layout.shape[axis]) for axis in row.layout.axes]
+
+
+def _rate(rates: Mapping[int, float], size: int) -> float:
+    """The rate at a size: that of the nearest that was measured, or on the straight line between two."""
+    smaller = max((s for s in rates if s <= size), default=min(rates))
+    larger = min((s for s in rates if s >= size), default=max(rates))
+    if smaller >= larger:
+        return rates[larger if smaller > size else smaller]
+    weight = (size - smaller) / (larger - smaller)
+    return (1 - weight) * rates[smaller] + weight * rates[larger]
+
+
+def _soap_step(shapes: list[tuple[int, ...]], seconds: float, device: torch.device, **options: Any) -> float:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+    optimizer = SOAP(parameters, lr=1e-6, **options)
+    return _time(optimizer.step, seconds, device)
+
+
+def _time(work: Callable[[], Any], seconds: float, device: torch.device) -> float:
+    """The median time of a call, after two that are not counted; at least three are."""
+    times: list[float] = []
+    for _ in range(2):
+        work()
+    begin = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - begin < seconds:
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

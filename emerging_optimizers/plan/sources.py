@@ -1,0 +1,156 @@
+"""Where a model's shapes come from: a preset, a function that makes it, a configuration, a checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import pickle
+import re
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emerging_optimizers.plan.architectures import PRESET_CONFIGS, decoder, resnet50, vit_b
+from emerging_optimizers.plan.shapes import Model, model_of
+
+PRESETS = (*PRESET_CONFIGS, "resnet50", "vit-b")
+SOURCES = "a preset, package.module:function, or a config.json, .safetensors, .safetensors.index.json, .pt or .bin file"
+
+#: What is saved with the weights and not trained: batch norm's statistics, causal masks, rotary frequencies.
+BUFFER = re.compile(r"(running_mean|running_var|num_batches_tracked|\.attn\.bias|masked_bias|inv_freq)$")
+LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_model(source: str) -> Model:
+    """Finds out the parameters of a model; its weights are neither made nor read.
+
+    Args:
+        source: One of ``PRESETS``; ``package.module:function``, called without arguments on the meta device, from the
+            current folder or wherever Python finds it; a Hugging Face ``config.json``; a ``.safetensors`` file, or the
+            index of a sharded one with its files beside it; a torch checkpoint, a state dict or a dict with one under
+            "model", "state_dict" or "model_state_dict". In files, embeddings and heads are told by their names.
+
+    Raises:
+        ValueError: There is no such source, or it is not what it should be; one line that says what to do.
+
+    Example:
+        >>> model = load_model("llama-3-8b")
+        >>> sum(route.numel for route in model.routes)
+        8030261248
+    """
+    if source in PRESET_CONFIGS:
+        return decoder(PRESET_CONFIGS[source], source)
+    if source in PRESETS:
+        return {"resnet50": resnet50, "vit-b": vit_b}[source]()
+    path = Path(source)
+    try:
+        if path.is_dir() and (path / "config.json").is_file():
+            path = path / "config.json"
+        if path.is_file():
+            return _from_file(path)
+    except OSError as error:
+        raise ValueError(f"{source}: {error.strerror}; name a readable file") from error
+    if ":" in source:
+        return _from_function(source)
+    close = difflib.get_close_matches(source, PRESETS, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(f"no model {source!r}: {hint}presets are {', '.join(PRESETS)}; or give {SOURCES[10:]}")
+
+
+def _from_function(source: str) -> Model:
+    module_name, _, function_name = source.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        make = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # whatever a user's module raises while it is imported
+        raise ValueError(f"model {source!r}: cannot be imported ({_reason(error)})") from error
+    try:
+        with torch.device("meta"):
+            model = make()
+    except Exception as error:
+        raise ValueError(f"model {source!r}: {function_name}() failed on the meta device ({_reason(error)})") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model {source!r}: {function_name}() must return an nn.Module, got {type(model).__name__}")
+    return model_of(model, name=source)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _from_file(path: Path) -> Model:
+    if path.suffix == ".safetensors":
+        return _from_entries(path, _header(path))
+    if path.suffix == ".json":
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not a JSON file; give {SOURCES}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}: holds no JSON object; give {SOURCES}")
+        if isinstance(found.get("weight_map"), dict):
+            entries: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+            for shard in dict.fromkeys(map(str, found["weight_map"].values())):
+                entries |= _header(path.parent / Path(shard).name)  # beside the index, whatever it says
+            return _from_entries(path, entries)
+        try:
+            return decoder(found, path.parent.name if path.name == "config.json" else path.name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return _from_entries(path, _checkpoint(path))
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Names, shapes and dtypes of floating-point tensors in a safetensors file: a length, then JSON, then the data."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > LONGEST_HEADER:
+                raise ValueError("header too long")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {
+            name: (tuple(entry["shape"]), _SAFETENSORS_DTYPES[entry["dtype"]])
+            for name, entry in header.items()
+            if entry["dtype"] in _SAFETENSORS_DTYPES
+        }
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file, though the index names it") from error
+    except (ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a safetensors file, or a damaged one") from error
+
+
+def _checkpoint(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    try:
+        # Mapped, and put on the meta device: no weight is read.
+        loaded: Any = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError, KeyError) as error:
+        reason = f"{path}: not a checkpoint that torch.load reads with weights_only; give {SOURCES}"
+        raise ValueError(reason) from error
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
+    return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items() if t.is_floating_point()}
+
+
+def _from_entries(path: Path, entries: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Model:
+    def is_buffer(name: str) -> bool:
+        causal_mask = not name.endswith(".attn.bias") or len(entries[name][0]) > 1
+        return BUFFER.search(name) is not None and causal_mask
+
+    trained = {name: entry for name, entry in entries.items() if not is_buffer(name)}
+    if not trained:
+        raise ValueError(f"{path}: holds no model's weights; give {SOURCES}")
+    try:
+        model = model_of({name: shape for name, (shape, _) in trained.items()}, name=path.name)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return model._replace(dtypes=tuple(dtype for _, dtype in trained.values()))
