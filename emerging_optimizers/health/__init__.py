@@ -22,7 +22,8 @@ Example:
 """
 
 from emerging_optimizers.health.diagnosis import Finding, concern
-from emerging_optimizers.health.measure import FactorHealth, Health, TensorHealth, examine
+from emerging_optimizers.health.measure import examine
 from emerging_optimizers.health.monitor import HealthMonitor
+from emerging_optimizers.health.results import FactorHealth, Health, TensorHealth
 
 __all__ = ["FactorHealth", "Finding", "Health", "HealthMonitor", "TensorHealth", "concern", "examine"]

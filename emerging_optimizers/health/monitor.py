@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from torch.optim import Optimizer
 
-from emerging_optimizers.health.measure import Health, examine
+from emerging_optimizers.health.measure import examine
+from emerging_optimizers.health.results import Health
 from emerging_optimizers.health.source import Names, entries
 
 logger = logging.getLogger(__name__)
