@@ -66,7 +66,8 @@ def _load(path: Path) -> Any:
     except LabError:
         raise
     except Exception as error:  # zip, pickle and storage errors share no base class
-        raise LabError(f"{path}: not a checkpoint that torch.load(weights_only=True) reads") from error
+        hint = "; it has DTensors: save the full state" if "DTensor" in str(error) else ""
+        raise LabError(f"{path}: not a checkpoint that torch.load(weights_only=True) reads{hint}") from error
 
 
 def _states(value: Any, label: str, weights: Mapping[str, Any]) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
@@ -139,11 +140,10 @@ def verdict(health: Health) -> str:
     with_factors = sum(tensor.preconditioned for tensor in health.tensors)
     if not count:
         return "No tensor has a state yet: the optimizer has not taken a step."
-    known = f"{tensors}, {with_factors} of them preconditioned, after {health.step} steps"
+    known = f"{tensors} ({with_factors} preconditioned; {health.step} steps)"
     if not health.findings:
-        return f"Nothing wrong: {known}."
-    ill = len({finding.name for finding in health.findings})
-    return f"{ill} of {known}: something is wrong with {'it' if ill == 1 else 'them'}."
+        return f"Nothing wrong with {known}."
+    return f"Something is wrong with {len({finding.name for finding in health.findings})} of {known}."
 
 
 def notes(health: Health) -> list[str]:

@@ -52,7 +52,7 @@ def test_a_healthy_checkpoint_is_a_table_and_nothing_wrong(folder: Path, capsys:
     model, optimizer = trained()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "both.pt")
     out = inspect(capsys, "both.pt")
-    assert out.startswith("Nothing wrong: 4 tensors, 2 of them preconditioned, after 30 steps.")
+    assert out.startswith("Nothing wrong with 4 tensors (2 preconditioned; 30 steps).")
     assert "0.weight" in out
     assert "6/" not in out.splitlines()[0]
     assert "Update / weight is not known" not in out
@@ -68,7 +68,7 @@ def test_what_is_wrong_comes_first(damage: str, folder: Path, capsys: pytest.Cap
     torch.save(optimizer.state_dict(), "state.pt")
     out = inspect(capsys, "state.pt")
     kind = {"dead": "dead gradient", "corrupt": "basis not orthogonal"}[damage]
-    assert out.startswith("1 of 4 tensors, 2 of them preconditioned, after 30 steps: something is wrong with it.")
+    assert out.startswith("Something is wrong with 1 of 4 tensors (2 preconditioned; 30 steps).")
     assert f"0.weight: {kind}: " in out
     rows = [line.split()[0] for line in out.splitlines() if re.match(r" [02]\.(weight|bias) ", line)]
     assert rows[0] == "0.weight"

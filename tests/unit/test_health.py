@@ -231,16 +231,29 @@ def test_nothing_is_written(mode: str) -> None:
         assert torch.equal(p.grad, grad)
 
 
-def test_autocast_and_a_low_matmul_precision_change_nothing() -> None:
+def test_autocast_changes_nothing() -> None:
     optimizer = trained(shapes=((40, 30),))
     plain = examine(optimizer)
     with torch.autocast("cpu", torch.bfloat16):
         assert examine(optimizer).tensors == plain.tensors
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert examine(optimizer).tensors == plain.tensors
-    finally:
-        torch.set_float32_matmul_precision("highest")
+
+
+class Precision(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in func.__name__:
+            self.seen.add(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_are_at_full_precision_whatever_the_optimizers_are() -> None:
+    optimizer = trained(fp32_matmul_prec="medium")
+    with Precision() as precision:
+        examine(optimizer)
+    assert precision.seen == {"ieee"}
 
 
 def test_everything_is_json() -> None:
@@ -254,10 +267,11 @@ def test_everything_is_json() -> None:
 
 
 def turning(step: int, p: Tensor, made: Tensor) -> Tensor:
-    """Gradients of rank one whose direction goes round."""
-    along = torch.zeros(p.shape[0])
-    angle = step / 15
-    along[0], along[1], along[2] = math.cos(angle), math.sin(angle), math.sin(2 * angle)
+    """Gradients of about rank one, whose direction has turned by a right angle after 130 steps."""
+    angle = step / 130 * math.pi / 2
+    here, there = torch.ones(p.shape[0]), torch.ones(p.shape[0])
+    there[::2] = -1.0
+    along = math.cos(angle) * here + math.sin(angle) * there
     return along.view(-1, *[1] * (p.dim() - 1)) * made.abs() + 0.05 * made
 
 
