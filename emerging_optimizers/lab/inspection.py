@@ -105,7 +105,7 @@ def _is_soap(state: Mapping[str, Any]) -> bool:
     return any(isinstance(group, Mapping) and "shampoo_beta" in group for group in state["param_groups"])
 
 
-COLUMNS = ("tensor", "shape", "age", "residual", "|QᵀQ - I|", "rank", "condition", "update", "update / weight")
+COLUMNS = ("tensor", "shape", "age", "residual", "orth.", "rank", "cond.", "update", "/ weight")
 
 
 def cells(tensor: TensorHealth) -> tuple[str, ...]:
@@ -155,8 +155,8 @@ def notes(health: Health) -> list[str]:
         said.append(f"Worked on by another process, so not looked at here: {_few(health.elsewhere)}.")
     if health.tensors and all(tensor.weight_rms is None for tensor in health.tensors):
         said.append(
-            "Update / weight is not known: that takes the model's weights in the file beside the optimizer's state and "
-            "an optimizer that was given model.named_parameters()."
+            "What an update is to its weight is not known: that takes the model's weights in the file beside the "
+            "optimizer's state and an optimizer that was given model.named_parameters()."
         )
     return said
 

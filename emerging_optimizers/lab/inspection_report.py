@@ -103,9 +103,9 @@ def render(path: Path, inspected: Sequence[Inspected]) -> str:
 {sections}
 <h2>How to read it</h2>
 <p class="note">Age: steps since the last refresh. Residual: the part of a Kronecker factor that is not diagonal in its
-eigenbasis, 0 when fresh. |QᵀQ - I|: the largest error of orthogonality. Rank: how many directions the gradient uses
-(effective rank), of how many. Condition: largest over smallest eigenvalue, at most 8.4e6 in float32. Of a tensor's axes
-the table shows the worst. Update: root mean square of the last step.</p>
+eigenbasis, 0 when fresh. Orth.: the largest entry of QᵀQ - I. Rank: how many directions the gradient uses (effective
+rank), of how many. Cond.: largest over smallest eigenvalue, at most 8.4e6 in float32. Of a tensor's axes the table
+shows the worst. Update: root mean square of the last step. / weight: that over the weight's.</p>
 </body></html>
 """
 
