@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from time import monotonic
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_SAVES = 60.0
 
-app = typer.Typer(help="Plan the SOAP optimizer for a model, or race it.", add_completion=False, rich_markup_mode=None)
+ABOUT = "Plan the SOAP optimizer for a model, race it, or look into its state."
+app = typer.Typer(help=ABOUT, add_completion=False, rich_markup_mode=None)
 app.command()(plan)
 
 
@@ -81,6 +83,43 @@ def race(
         checkpoint.discard(folder)
     report.write_results(folder, report.collect(fresh))
     _play(fresh, folder)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="file of torch.save: an optimizer's state dict or a dict with one"),
+    ],
+    out: Annotated[Path | None, typer.Option(help="folder for a page with the spectra of all factors")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON instead of a table")] = False,
+) -> None:
+    """Measure a saved optimizer state: is every basis fresh and orthogonal, does every gradient live?
+
+    The worst tensors come first, and what is wrong is said in words. The file is only read, and nothing in it executed.
+    """
+    for package in ("matplotlib", "rich"):
+        if importlib.util.find_spec(package) is None:
+            raise LabError(EXTRA)
+    from emerging_optimizers.lab import inspection, inspection_report
+
+    if out is not None:
+        inspection_report.claim(out)
+    found = inspection.inspect_file(checkpoint)
+    if out is not None:
+        inspection_report.write(out, checkpoint, found)
+    if as_json:
+        print(json.dumps(inspection.to_json(checkpoint, found), indent=1, allow_nan=False))
+        return
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a pipe has no width of its own
+    inspection_report.show(found, console)
+    if out is not None:
+        page = f"Page: {printable(out / inspection_report.PAGE)}"
+        console.print(page, markup=False, highlight=False, soft_wrap=True)
 
 
 def _options(task: str, text: Path | None, optimizers: str | None, lr: list[str], steps: int | None, seeds: str,

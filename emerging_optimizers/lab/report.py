@@ -147,7 +147,7 @@ def render(results: dict[str, Any], lines: Sequence[Line], records: Sequence[Rec
 <p class="verdict">{escape(results["verdict"])}</p>
 <p class="note">Same start weights and same batches for every optimizer; seed {escape(seeds)};
 {results["task"]["steps"]} steps per run; scores: {escape(metric)}, lower is better.</p>
-{_table(COLUMNS, map(cells, lines), "stack")}
+{table(COLUMNS, map(cells, lines), "stack")}
 <p class="note">Brackets: as a fraction of what AdamW took to its own best. Training time is forward, backward and
 optimizer, without validation. With several seeds, medians.</p>
 <h2>Curves</h2>
@@ -157,10 +157,10 @@ optimizer, without validation. With several seeds, medians.</p>
 {_pairs("Machine", results["machine"])}
 {_pairs("Versions", results["versions"] | {"date": results["date"]})}
 <details><summary>Which parameter SOAP trains, and which AdamW</summary>
-{_table(("parameter", "optimizer", "why", "shape", "numbers"), routes, "")}
+{table(("parameter", "optimizer", "why", "shape", "numbers"), routes, "")}
 </details>
 <details><summary>All {len(runs)} runs</summary>
-{_table(("optimizer", "peak rate", "seed", "final", "best"), runs, "")}
+{table(("optimizer", "peak rate", "seed", "final", "best"), runs, "")}
 </details>
 </body></html>
 """
@@ -170,7 +170,8 @@ def _title(results: dict[str, Any]) -> str:
     return f"soap race: {results['task']['name']}" + ("" if results["finished"] else " (stopped early)")
 
 
-def _table(headings: Iterable[str], rows: Iterable[Sequence[str]], kind: str) -> str:
+def table(headings: Iterable[str], rows: Iterable[Sequence[str]], kind: str) -> str:
+    """Make a table, escaped. The kind "stack" turns into a list of cards where the page is narrow."""
     names = [escape(heading) for heading in headings]
     body = "".join(
         "<tr>"

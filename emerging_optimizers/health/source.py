@@ -1,0 +1,131 @@
+"""Where the state that is examined comes from: a live optimizer, or a state dict that was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from emerging_optimizers.soap.placement import is_dtensor, local_tensor
+
+#: Options that a parameter group has if it is SOAP's.
+SOAP_OPTIONS = ("shampoo_beta", "precondition_frequency", "max_precond_dim", "merge_dims", "precondition_1d")
+
+
+#: What a user may give as names: one per parameter in the optimizer's order, or ``model.named_parameters()``.
+Names = Iterable[str] | Iterable[tuple[str, Tensor]]
+
+
+class Entry(NamedTuple):
+    """One parameter.
+
+    Attributes:
+        name: Its name, or "parameter 3" by its place in the optimizer.
+        options: Its group.
+        state: Its state; empty before its first step.
+        weight: What this process has of the parameter; None where it is not known.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    state: Mapping[str, Any]
+    weight: Tensor | None
+
+
+def entries(
+    source: Optimizer | Mapping[str, Any],
+    names: Names | None,
+    weights: Mapping[str, Tensor] | None,
+) -> Iterator[Entry]:
+    """The parameters of an optimizer or a state dict, in order.
+
+    Args:
+        source: A SOAP optimizer, or what its ``state_dict()`` returned.
+        names: See :func:`emerging_optimizers.health.examine`.
+        weights: By name; used where the source is a state dict.
+
+    Raises:
+        TypeError: ``source`` is neither, or ``names`` has something else than names.
+        ValueError: It is another optimizer's, is incomplete, or ``names`` has another length.
+    """
+    if isinstance(source, Optimizer):
+        groups: list[Mapping[str, Any]] = list(source.param_groups)
+        states: Mapping[Any, Any] = source.state
+    elif isinstance(source, Mapping):
+        groups, states = _parts_of(source)
+    else:
+        raise TypeError(f"source must be a SOAP optimizer or its state dict, got {type(source).__name__}")
+    for index, group in enumerate(groups):
+        missing = [option for option in SOAP_OPTIONS if option not in group]
+        if missing:
+            raise ValueError(f"source must be SOAP's: parameter group {index} has no option {missing[0]!r}")
+    keys = [key for group in groups for key in group["params"]]
+    found = _names(keys, groups, names)
+    options = [group for group in groups for _ in group["params"]]
+    for name, key, group in zip(found, keys, options, strict=True):
+        state = states.get(key)  # never by [], which would make an entry
+        if isinstance(key, Tensor):
+            weight: Tensor | None = local_tensor(key).detach()
+        else:
+            weight = (weights or {}).get(name)
+        if not isinstance(state, Mapping | None):
+            raise ValueError(f"the state of {name} must be a dict, got {type(state).__name__}")
+        yield Entry(name, group, state or {}, weight if isinstance(weight, Tensor) else None)
+
+
+def _parts_of(source: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], Mapping[Any, Any]]:
+    """The groups and states of a state dict."""
+    groups, states = source.get("param_groups"), source.get("state")
+    if not isinstance(groups, list | tuple) or not isinstance(states, Mapping):
+        raise ValueError("source must have a list 'param_groups' and a dict 'state', as state_dict() returns them")
+    for index, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
+            raise ValueError(f"parameter group {index} of source must be a dict with a list 'params'")
+        if not all(isinstance(key, int | str) for key in group["params"]):
+            raise ValueError(f"'params' of parameter group {index} of source must be numbers or names")
+    return list(groups), states
+
+
+def _names(keys: list[Any], groups: list[Mapping[str, Any]], names: Names | None) -> list[str]:
+    """A name for each parameter."""
+    own: list[Any] = []
+    for group in groups:
+        held = group.get("param_names")
+        count = len(group["params"])
+        own += held if isinstance(held, list | tuple) and len(held) == count else [None] * count
+    found = [
+        str(known) if known is not None else key if isinstance(key, str) else f"parameter {place}"
+        for place, (key, known) in enumerate(zip(keys, own, strict=True))
+    ]
+    if names is None:
+        return found
+    given: list[Any] = list(names)
+    if all(isinstance(name, str) for name in given):
+        if len(given) != len(keys):
+            raise ValueError(f"names must have one name per parameter, {len(keys)}, got {len(given)}")
+        return given
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor) for pair in given):
+        raise TypeError("names must be strings, or pairs of name and parameter as model.named_parameters() gives")
+    by_identity = {id(parameter): name for name, parameter in given}
+    return [by_identity.get(id(key), name) for key, name in zip(keys, found, strict=True)]
+
+
+def whole(value: Tensor) -> Tensor:
+    """A plain tensor as it is; a DTensor of a distributed state dict put together, which is a collective.
+
+    Raises:
+        ValueError: It cannot be put together: its processes are gone.
+    """
+    if not is_dtensor(value):
+        return value
+    given: Any = value.detach()
+    try:
+        full: Tensor = given.to(given.device_mesh.device_type).full_tensor()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            "source has DTensors, which only their processes can put together: let each of them call this on "
+            "optimizer.state_dict(), or save the full state"
+        ) from error
+    return full
