@@ -26,8 +26,7 @@ from emerging_optimizers.plan.planning import _complete
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.layout import layout_for
-from emerging_optimizers.soap.ownership import share_out, step_flops
-from emerging_optimizers.soap.timing import refresh_flops
+from emerging_optimizers.soap.costs import refresh_flops, share_out, step_flops
 
 
 class Language(nn.Module):
