@@ -36,11 +36,14 @@ doctest: $(READY)  ## run the examples in the package's docstrings
 audit: $(READY)  ## check dependencies: pins, imports, licences (no network; pip-audit -r constraints.txt needs one)
 	$(BIN)/python tools/audit.py
 
-bench: $(READY)  ## time a step beside the peers, and what a refresh is made of (10 minutes; leave the machine alone)
+bench: $(READY)  ## time steps beside the peers, refreshes, growth, several processes (15 minutes; leave the machine alone)
 	$(BIN)/python -m benchmarks.step_time --rounds 3
 	$(BIN)/python benchmarks/step_time_plot.py
 	$(BIN)/python -m benchmarks.refresh_cost
 	$(BIN)/python -m benchmarks.gram_product
+	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.scaling
 
 races: $(READY)  ## race every task over three seeds, for the README's figures (25 minutes; leave the machine alone)
 	$(BIN)/python benchmarks/race.py

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/growth.json")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs/_static/growth.png")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs/growth.png")
     parser.add_argument("--redraw", action="store_true", help="measure nothing, draw what --out has")
     given = parser.parse_args()
     if not given.redraw:
