@@ -1,6 +1,7 @@
 """The planner: bytes equal to the real state's, known parameter counts, budgets, sources, and errors in one line."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -25,8 +26,8 @@ from emerging_optimizers.plan import (
 from emerging_optimizers.plan.planning import _complete
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.soap import SOAP
-from emerging_optimizers.soap.layout import layout_for
 from emerging_optimizers.soap.costs import refresh_flops, share_out, step_flops
+from emerging_optimizers.soap.layout import layout_for
 
 
 class Language(nn.Module):
@@ -443,6 +444,7 @@ def test_a_llama_is_planned_in_seconds_and_without_its_memory() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.getloadavg()[0] > 1.5, reason="what else runs on the machine falsifies it")
 def test_a_predicted_step_takes_about_as_long_as_a_real_one() -> None:
     model = nn.ModuleList([nn.Linear(a, b) for a, b in 4 * ((128, 384), (128, 128), (128, 512), (512, 128))])
     planned = plan(model, precondition_frequency=5)
