@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -255,6 +256,9 @@ def main() -> None:
     train(args, device)
     if dist.is_initialized():
         dist.destroy_process_group()
+        # Threads of gloo's outlive the group, and now and then abort Python's shutdown, when all is done and saved.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -366,6 +366,6 @@ class SOAP(WeightDecayMixin, Optimizer):
         if any(p not in self._grids.places and self._grids.of(p) is not None for p in parameters):
             self._grids.places = place_parameters(self.param_groups, self._grids, self._grids.places)
         for group in self.param_groups:
-            if group["stagger_updates"] and STAGGER_PROCESSES not in group:
+            if group["stagger_updates"] is True and STAGGER_PROCESSES not in group:
                 sizes = [self._grids.places[p].grid.size for p in group["params"] if p in self._grids.places]
                 group[STAGGER_PROCESSES] = max(sizes, default=1)

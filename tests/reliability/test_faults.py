@@ -43,6 +43,10 @@ def call_sites(source: str) -> set[str]:
     return (attributes | imports) & DECOMPOSITIONS
 
 
+#: What only reads a state, and goes on with the diagonal where it fails.
+READERS = {("health/measure.py", "eigvalsh")}
+
+
 def test_every_call_of_a_decomposition_is_known_here() -> None:
     package = Path(emerging_optimizers.__file__).parent
     found = {
@@ -50,7 +54,7 @@ def test_every_call_of_a_decomposition_is_known_here() -> None:
         for path in package.rglob("*.py")
         for name in call_sites(path.read_text(encoding="utf-8"))
     }
-    assert found == set(CALL_SITES)
+    assert found == set(CALL_SITES) | READERS
 
 
 @pytest.mark.parametrize(

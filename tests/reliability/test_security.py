@@ -49,6 +49,9 @@ ALLOWED = {
     ("emerging_optimizers/lab/tasks/__init__.py", "importlib.import_module(module_name)"): (
         "the task that the user names as package.module:Class on the command line, or that a race was begun with"
     ),
+    ("emerging_optimizers/plan/sources.py", "importlib.import_module(module_name)"): (
+        "the model that the user names as package.module:function"
+    ),
 }
 
 
