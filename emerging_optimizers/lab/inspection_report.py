@@ -16,7 +16,7 @@ from rich.table import Table
 
 from emerging_optimizers.health import Finding, Health, TensorHealth
 from emerging_optimizers.lab.checkpoint import write_atomically
-from emerging_optimizers.lab.errors import LabError
+from emerging_optimizers.lab.folders import claim_folder
 from emerging_optimizers.lab.inspection import COLUMNS, FORMAT, Inspected, cells, notes, to_json, verdict
 from emerging_optimizers.lab.printable import printable
 from emerging_optimizers.lab.report import STYLE, escape, table
@@ -35,25 +35,8 @@ li { margin: .4rem 0; }
 
 
 def claim(folder: Path) -> None:
-    """Make the output folder, or take over one that an earlier inspection made.
-
-    Raises:
-        LabError: the folder holds something else, or cannot be made.
-    """
-    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
-        raise LabError(f"--out {folder}: the folder is not empty and not an inspection's; name another with --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LabError(f"--out {folder}: cannot be made ({error.strerror}); name another with --out") from error
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(results, dict) and results.get("format") == FORMAT
+    """Make the output folder, or take over one of an earlier inspection; LabError as of :func:`claim_folder`."""
+    claim_folder(folder, RESULTS, FORMAT, "an inspection's")
 
 
 def write(folder: Path, path: Path, inspected: list[Inspected]) -> None:

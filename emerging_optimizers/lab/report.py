@@ -15,7 +15,7 @@ from typing import Any
 
 from emerging_optimizers.lab import plots
 from emerging_optimizers.lab.checkpoint import write_atomically
-from emerging_optimizers.lab.errors import LabError
+from emerging_optimizers.lab.folders import claim_folder
 from emerging_optimizers.lab.machine import machine, versions
 from emerging_optimizers.lab.printable import printable
 from emerging_optimizers.lab.race import Race, Record
@@ -29,26 +29,8 @@ UNSCORED = "No result yet: the race was stopped before every run had its first s
 
 
 def claim(folder: Path) -> None:
-    """Make the output folder, or take over one that an earlier race made.
-
-    Raises:
-        LabError: the folder holds something else, or cannot be made.
-    """
-    if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder):
-        raise LabError(f"--out {folder}: the folder is not empty and not a race's; name another with --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LabError(f"--out {folder}: cannot be made ({error.strerror}); name another with --out") from error
-
-
-def is_ours(folder: Path) -> bool:
-    """Tell whether a folder is a race's: its results.json says so."""
-    try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(results, dict) and results.get("format") == FORMAT
+    """Make the output folder, or take over one that an earlier race made; LabError as of :func:`claim_folder`."""
+    claim_folder(folder, RESULTS, FORMAT, "a race's")
 
 
 def write(folder: Path, race: Race) -> tuple[list[Line], str]:

@@ -13,10 +13,10 @@ have state. A run that is resumed from a checkpoint therefore forms the same buc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,8 @@ from emerging_optimizers.soap.state import HOST_KEYS, init_state, working_dtype
 CHUNK_ELEMENTS = 2**22
 
 NO_AXIS = Layout((), ())
+
+T = TypeVar("T")
 
 
 class Kind(NamedTuple):
@@ -357,14 +359,23 @@ def form_buckets(
 def _chunks(layout: Layout | None, members: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
     """Cuts members so that no stack of several has more than :data:`CHUNK_ELEMENTS`."""
     factors = max((layout.shape[axis] ** 2 for axis in layout.axes), default=0) if layout is not None else 0
-    chunk: list[tuple[int, Tensor]] = []
+    return batches(members, lambda member: max(prod(member[1].shape), factors), CHUNK_ELEMENTS)
+
+
+def batches(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Puts neighbours together as long as their sizes add up to no more than a limit; a larger one is alone.
+
+    Example:
+        >>> list(batches([1, 2, 3, 9, 1], lambda item: item, 5))
+        [[1, 2], [3], [9], [1]]
+    """
+    batch: list[T] = []
     filled = 0
-    for index, parameter in members:
-        size = max(prod(parameter.shape), factors)
-        if chunk and filled + size > CHUNK_ELEMENTS:
-            yield chunk
-            chunk, filled = [], 0
-        chunk.append((index, parameter))
-        filled += size
-    if chunk:
-        yield chunk
+    for item in items:
+        if batch and filled + size(item) > limit:
+            yield batch
+            batch, filled = [], 0
+        batch.append(item)
+        filled += size(item)
+    if batch:
+        yield batch

@@ -19,7 +19,7 @@ from torch import Tensor
 from emerging_optimizers.mixin import WeightDecayMixin
 from emerging_optimizers.precision import fp32_matmul_precision
 from emerging_optimizers.soap.algorithm import Update, apply, apply_to_piece, updates_of
-from emerging_optimizers.soap.buckets import CHUNK_ELEMENTS, NO_AXIS, Bucket, Kind, chunks_of, form_buckets
+from emerging_optimizers.soap.buckets import CHUNK_ELEMENTS, NO_AXIS, Bucket, Kind, batches, chunks_of, form_buckets
 from emerging_optimizers.soap.costs import step_flops
 from emerging_optimizers.soap.exchange import Spec, Transfer, all_to_all, broadcast
 from emerging_optimizers.soap.incidents import count_skips
@@ -314,8 +314,8 @@ def _rounds(grid: Grid, per_owner: Sequence[Sequence[Job]], buckets: Mapping[int
         per_owner: Per process its buckets, as group, kind and members.
         buckets: This process's, by the identity of their first parameter.
     """
-    batches = [list(_batches(jobs)) for jobs in per_owner]
-    for per_process in zip_longest(*batches, fillvalue=()):
+    in_turn = [list(_batches(jobs)) for jobs in per_owner]
+    for per_process in zip_longest(*in_turn, fillvalue=()):
         matrices = [
             [Matrix(group, parameter, grid) for group, _, chunk in jobs for _, parameter in chunk]
             for jobs in per_process
@@ -329,14 +329,5 @@ def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
 
     Processes wait for each other in every round. Those that own alike then have alike to do in each.
     """
-    batch: list[Job] = []
-    filled = 0
-    for job in sorted(jobs, key=_flops, reverse=True):
-        size = sum(parameter.numel() for _, parameter in job[2])
-        if batch and filled + size > CHUNK_ELEMENTS:
-            yield batch
-            batch, filled = [], 0
-        batch.append(job)
-        filled += size
-    if batch:
-        yield batch
+    in_turn = sorted(jobs, key=_flops, reverse=True)
+    return batches(in_turn, lambda job: sum(parameter.numel() for _, parameter in job[2]), CHUNK_ELEMENTS)

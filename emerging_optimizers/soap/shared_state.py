@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from emerging_optimizers.soap.buckets import CHUNK_ELEMENTS
+from emerging_optimizers.soap.buckets import CHUNK_ELEMENTS, batches
 from emerging_optimizers.soap.exchange import Spec, all_to_all, spec_of
 from emerging_optimizers.soap.placement import Grid, Place, is_dtensor, pieces
 from emerging_optimizers.soap.state import HOST_KEYS, meta_state
@@ -51,7 +51,7 @@ def share_states(
             else:
                 shared[parameter] = {key: value.clone() for key, value in state.items()}
     for grid, entries in owned.items():
-        for batch in _batches(entries, grid):
+        for batch in batches(entries, _elements, CHUNK_ELEMENTS * grid.size):  # bounds the extra memory
             shared.update(_hand_out(batch, states, grid))
     # Not in the order of the states, which differs between processes: torch gathers full state dicts in this order.
     return {p: shared[p] for group in groups for p in group["params"] if p in shared}
@@ -67,19 +67,8 @@ def _like(parameter: Any, local: Tensor) -> Tensor:
     )
 
 
-def _batches(entries: Sequence[tuple[Tensor, int, State]], grid: Grid) -> Iterator[list[tuple[Tensor, int, State]]]:
-    """Neighbours, as many as bound the extra memory."""
-    batch: list[tuple[Tensor, int, State]] = []
-    filled = 0
-    for entry in entries:
-        size = sum(value.numel() for value in entry[2].values())
-        if batch and filled + size > CHUNK_ELEMENTS * grid.size:
-            yield batch
-            batch, filled = [], 0
-        batch.append(entry)
-        filled += size
-    if batch:
-        yield batch
+def _elements(entry: tuple[Tensor, int, State]) -> int:
+    return sum(value.numel() for value in entry[2].values())
 
 
 def _hand_out(
