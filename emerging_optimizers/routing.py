@@ -7,7 +7,7 @@ runs AdamW for a group with ``max_precond_dim=0``, so one optimizer serves both 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ class Routing:
 
     def __init__(self, routes: list[Route], parameters: dict[str, nn.Parameter]) -> None:
         self.routes = tuple(routes)
+        self._route_of: dict[Tensor, Route] = {parameters[r.name]: r for r in routes}
         self.soap = [(r.name, parameters[r.name]) for r in routes if r.optimizer == "soap"]
         self.adamw = [(r.name, parameters[r.name]) for r in routes if r.optimizer == "adamw"]
 
@@ -60,6 +61,46 @@ class Routing:
             {**(adamw or {}), "params": self.adamw, "max_precond_dim": 0},
         ]
         return [group for group in groups if group["params"]]
+
+    def split(self, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Divides parameter groups that somebody else made into groups for SOAP, with names.
+
+        Frameworks make groups by weight decay, or by the depth of a layer. Each comes out as up to two, its
+        preconditioned parameters and AdamW's, with its options. Frozen parameters are left out.
+
+        Args:
+            groups: Parameter groups, as for any optimizer, of parameters of the model.
+
+        Raises:
+            ValueError: A group has a parameter that the model does not have.
+
+        Example:
+            >>> model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8))
+            >>> decayed, rest = [model[0].weight, model[1].weight], [model[1].bias]
+            >>> groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+            >>> for group in route_parameters(model).split(groups):
+            ...     print([name for name, _ in group.pop("params")], group)
+            ['1.weight'] {'weight_decay': 0.1}
+            ['0.weight'] {'weight_decay': 0.1, 'max_precond_dim': 0}
+            ['1.bias'] {'weight_decay': 0.0, 'max_precond_dim': 0}
+        """
+        split = []
+        for index, group in enumerate(groups):
+            options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            parts: dict[str, list[tuple[str, Tensor]]] = {"soap": [], "adamw": [], "frozen": []}
+            given = group["params"]
+            for item in [given] if isinstance(given, Tensor) else given:
+                parameter = item if isinstance(item, Tensor) else item[1]
+                if parameter not in self._route_of:
+                    raise ValueError(
+                        f"parameter group {index} has a parameter of shape {tuple(parameter.shape)} that is not the "
+                        "routed model's"
+                    )
+                route = self._route_of[parameter]
+                parts[route.optimizer].append((route.name, parameter))
+            split.append({**options, "params": parts["soap"]})
+            split.append({**options, "params": parts["adamw"], "max_precond_dim": 0})
+        return [group for group in split if group["params"]]
 
     def __str__(self) -> str:
         """A table with one line per parameter, and totals."""

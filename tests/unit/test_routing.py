@@ -55,6 +55,40 @@ def test_no_trainable_parameter_is_dropped_or_doubled() -> None:
     assert optimizer.param_groups[0]["param_names"] == ["conv.weight", "mix.weight"]
 
 
+def test_groups_of_others_keep_their_options_and_are_divided() -> None:
+    model = Tied()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [(name, p) for name, p in model.named_parameters() if p.ndim < 2]
+    others = [
+        {"params": decayed, "weight_decay": 0.1, "lr_scale": 0.5},
+        {"params": rest, "weight_decay": 0.0, "lr": 1e-3, "param_names": ["torch's", "own"]},
+    ]
+    optimizer = SOAP(route_parameters(model).split(others), lr=1e-2)
+    keys = ("weight_decay", "lr", "max_precond_dim", "lr_scale", "param_names")
+    assert [[group.get(key) for key in keys] for group in optimizer.param_groups] == [
+        [0.1, 1e-2, 10000, 0.5, ["conv.weight", "mix.weight"]],
+        [0.1, 1e-2, 0, 0.5, ["depthwise", "tokens.weight"]],
+        [0.0, 1e-3, 0, None, ["scale", "conv.bias", "mix.bias"]],
+    ]
+    assert others[0]["params"] is decayed, "what was given is not changed"
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_a_group_of_one_tensor_or_a_generator_is_divided() -> None:
+    model = Tied()
+    groups = [{"params": model.mix.weight}, {"params": (p for p in [model.mix.bias, model.frozen.bias])}]
+    matrices, vectors = route_parameters(model).split(groups)
+    assert matrices == {"params": [("mix.weight", model.mix.weight)]}
+    assert vectors == {"params": [("mix.bias", model.mix.bias)], "max_precond_dim": 0}
+
+
+def test_a_group_with_another_models_parameter_is_refused() -> None:
+    groups = [{"params": [Tied().mix.weight]}]
+    with pytest.raises(ValueError, match=r"parameter group 0 has a parameter of shape \(4, 4\) that is not the routed"):
+        route_parameters(Tied()).split(groups)
+
+
 def test_the_last_linear_is_the_head_unless_another_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 3))
     assert routes(model)["2.weight"] == ("adamw", "output head")
