@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from emerging_optimizers.soap.options import name_of, validate_options
 from emerging_optimizers.soap.ownership import place_parameters
 from emerging_optimizers.soap.packing import pack
-from emerging_optimizers.soap.placement import Grids, Place
-from emerging_optimizers.soap.shared_state import held_part
+from emerging_optimizers.soap.placement import Grids, Place, is_dtensor
+from emerging_optimizers.soap.shared_state import held_part, is_whole_here
 from emerging_optimizers.soap.state import HOST_KEYS, STATE_DTYPES, meta_state
 
 logger = logging.getLogger(__name__)
@@ -239,6 +239,12 @@ def _state_to_load(
             raise TypeError(
                 f"the loaded state {key!r} of {name} must be a dense Tensor of numbers, got {value.layout} "
                 f"{value.dtype} on {value.device}"
+            )
+        if is_dtensor(value) and not is_whole_here(value):
+            raise ValueError(
+                f"the loaded state {key!r} of {name} has the share of another process alone: the file was written by "
+                "one process, from a state_dict() of which each has a share. Save with torch.distributed.checkpoint, "
+                "or without process_group"
             )
         if key in COUNTERS:
             number = counts[key] = value.item()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from emerging_optimizers.soap.buckets import CHUNK_ELEMENTS, batches
@@ -112,6 +113,20 @@ def _share(tensor: Tensor, grid: Grid, process: int) -> Tensor:
         return tensor
     rows = -(-tensor.shape[0] // grid.size)
     return tensor[process * rows : (process + 1) * rows]
+
+
+def is_whole_here(value: Any) -> bool:
+    """Whether a loaded DTensor can be made whole: whether it is replicated, or its share is this process's own.
+
+    A file that one process wrote has that process's shares and says so in the mesh's coordinates. Loaded by another
+    they would pass for its own, and the tensors be put together from one share many times over.
+    """
+    if all(placement.is_replicate() for placement in value.placements):
+        return True
+    coordinate = value.device_mesh.get_coordinate()
+    return dist.is_initialized() and (
+        coordinate is None or int(value.device_mesh.mesh[tuple(coordinate)]) == dist.get_rank()
+    )
 
 
 def held_part(value: Tensor, key: str, parameter: Tensor, place: Place | None) -> Tensor:

@@ -9,6 +9,7 @@ import pickle
 import signal
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -166,6 +167,21 @@ def pickled() -> dict[str, str]:
         "group": raised_or_returned(lambda: pickle.dumps(optimizer_of(parameters_of()))),
         "mesh": raised_or_returned(lambda: pickle.dumps(SOAP(parameters_of(), 0.1, process_group=mesh))),
     }
+
+
+def load_files(folder: Path, sharded: bool) -> dict[str, str]:
+    """What loading files of ``torch.save`` raises: one that rank 0 wrote, and the one that each rank wrote itself."""
+    optimizer = optimizer_of(parameters_of(sharded=sharded), sharded)
+    optimizer.step()
+    mine = folder / f"rank {dist.get_rank()}.pt"
+    torch.save(optimizer.state_dict(), mine)
+    dist.barrier()
+    raised = {"own": raised_or_returned(lambda: optimizer.load_state_dict(torch.load(mine, weights_only=True)))}
+    if dist.get_rank() == 1:  # alone: rank 0 would wait for it
+        first = torch.load(folder / "rank 0.pt", weights_only=True)
+        raised["other"] = raised_or_returned(lambda: optimizer.load_state_dict(first))
+    dist.barrier()
+    return raised
 
 
 def partial_parameter() -> str:

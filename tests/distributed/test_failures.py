@@ -2,6 +2,7 @@
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -258,6 +259,18 @@ def test_an_optimizer_with_a_group_cannot_be_pickled(processes: Processes) -> No
             assert text.startswith(
                 "TypeError: a SOAP optimizer with a process_group cannot be pickled; save its state_d"
             )
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+def test_the_file_of_one_rank_is_refused_by_the_others(sharded: bool, processes: Processes, tmp_path: Path) -> None:
+    outcomes = processes.run(2, failures.load_files, tmp_path, sharded)
+    assert [outcome["own"] for outcome in outcomes] == ["returned None"] * 2, "a file per rank is whole"
+    assert outcomes[1]["other"].startswith("ValueError: the loaded state 'exp_avg' of parameter 0 of its group")
+    assert "share of another process alone" in outcomes[1]["other"]
+    alone = SOAP([nn.Parameter(torch.zeros(shape)) for shape in SHAPES], lr=0.1)
+    with pytest.raises(ValueError, match="share of another process alone"):
+        alone.load_state_dict(torch.load(tmp_path / "rank 0.pt", weights_only=True))
+    assert not alone.state
 
 
 def test_a_parameter_in_summands_is_refused(processes: Processes) -> None:
