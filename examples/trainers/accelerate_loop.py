@@ -26,7 +26,6 @@ from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.soap import SOAP
 
 CONTEXT = 16  # bytes that the network sees
-STRIDE = 7  # bytes from one example to the next
 WARMUP = 10  # steps
 CLIP = 1.0  # largest norm of all gradients together
 
@@ -45,10 +44,10 @@ def make_model() -> nn.Module:
     )
 
 
-def make_examples() -> TensorDataset:
+def make_examples(stride: int) -> TensorDataset:
     """Contexts (N, CONTEXT) of the language reference that every Python carries, and the bytes (N,) that follow."""
     data = torch.frombuffer(bytearray("\n\n".join(topics.values()).encode()), dtype=torch.uint8).long()
-    windows = data.unfold(0, CONTEXT + 1, STRIDE)
+    windows = data.unfold(0, CONTEXT + 1, stride)
     return TensorDataset(windows[:, :-1], windows[:, -1])
 
 
@@ -76,7 +75,7 @@ def train(args: argparse.Namespace) -> None:
     model = make_model()
     optimizer, schedule = make_optimizer(model, args, accelerator.num_processes)
     # Without a generator of its own, a loader takes a number from that of dropout whenever a loop over it begins.
-    examples, own = make_examples(), torch.Generator()
+    examples, own = make_examples(args.stride), torch.Generator()
     loader = DataLoader(examples, args.batch_size, shuffle=True, drop_last=True, generator=own)
     model, optimizer, schedule, loader = accelerator.prepare(model, optimizer, schedule, loader)
     set_seed(args.seed, device_specific=True)  # each process has its own dropout
@@ -119,6 +118,7 @@ def main() -> None:
     add = parser.add_argument
     add("--steps", type=int, default=200, help="of the optimizer, in all; default: %(default)s")
     add("--batch-size", type=int, default=128, help="examples per batch and process; default: %(default)s")
+    add("--stride", type=int, default=7, help="bytes from one example to the next; default: %(default)s")
     add("--accumulate", type=int, default=2, help="batches per step; default: %(default)s")
     add("--lr", type=float, default=0.01, help="largest learning rate; default: %(default)s")
     add("--mixed-precision", choices=["no", "bf16"], default="no", help="default: %(default)s")

@@ -52,9 +52,7 @@ def plain_trainer(model: nn.Module, args: TrainingArguments, windows: list[dict[
 def make_model() -> GPT2LMHeadModel:
     """A GPT-2 of two layers whose tokens are bytes; the head shares the weight of the token embedding."""
     return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=256, n_positions=CONTEXT, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-        )
+        GPT2Config(vocab_size=256, n_positions=CONTEXT, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     )
 
 
@@ -62,6 +60,19 @@ def make_windows() -> list[dict[str, torch.Tensor]]:
     """The language reference that every Python carries, in windows of bytes. The model itself shifts the labels."""
     data = torch.frombuffer(bytearray("\n\n".join(topics.values()).encode()), dtype=torch.uint8).long()
     return [{"input_ids": window, "labels": window} for window in data[: len(data) // CONTEXT * CONTEXT].split(CONTEXT)]
+
+
+def describe(optimizer: Optimizer, model: nn.Module) -> None:
+    """Prints what became of each parameter group."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        held: dict[str, list[str]] = {"SOAP": [], "AdamW": []}
+        for parameter in group["params"]:
+            has_basis = any(key.startswith("Q_") for key in optimizer.state[parameter])
+            held["SOAP" if has_basis else "AdamW"].append(names[parameter])
+        for kind, members in held.items():
+            if members:
+                print(f"{kind}, weight decay {group['weight_decay']}: {members[0]} and {len(members) - 1} more")
 
 
 def main() -> None:
@@ -79,6 +90,7 @@ def main() -> None:
     torch.manual_seed(0)
     args = TrainingArguments(
         output_dir=str(options.output),
+        use_cpu=not torch.cuda.is_available(),  # several processes without GPUs are one run only if this is said
         max_steps=options.steps,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=2,
@@ -100,13 +112,7 @@ def main() -> None:
         trainer = plain_trainer(model, args, windows)
     trainer.train(resume_from_checkpoint=options.resume)
 
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for group in trainer.optimizer.param_groups:
-        for kind, preconditioned in {"SOAP": True, "AdamW": False}.items():
-            held = [names[p] for p in group["params"] if ("exp_avg" in (s := trainer.optimizer.state[p])) and
-                    any(key.startswith("Q_") for key in s) == preconditioned]
-            if held:
-                print(f"{kind}, weight decay {group['weight_decay']}: {held[0]} and {len(held) - 1} more")
+    describe(trainer.optimizer, model)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,28 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 180  # seconds for one run; it takes about ten, most of them for imports
 
 
-def run_example(name: str, *arguments: str | Path, folder: Path, fails: bool = False) -> str:
-    """Standard output and error, in order, of ``python examples/trainers/NAME.py ARGUMENTS`` in ``folder``."""
+def run_example(name: str, *arguments: str | Path, folder: Path, fails: bool = False, processes: int = 0) -> str:
+    """Standard output and error, in order, of ``python examples/trainers/NAME.py ARGUMENTS`` in ``folder``.
+
+    With ``processes``, of that many under ``torchrun``.
+    """
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, str(ROOT / "examples" / "trainers" / f"{name}.py"), *map(str, arguments)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    example = ROOT / "examples" / "trainers" / f"{name}.py"
     done = subprocess.run(
-        command,
+        [sys.executable, *torchrun, str(example), *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, **settings},
+        env={**os.environ, **settings, "GLOO_SOCKET_IFNAME": "lo"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -26,3 +34,31 @@ def run_example(name: str, *arguments: str | Path, folder: Path, fails: bool = F
     )
     assert (done.returncode != 0) == fails, done.stdout
     return done.stdout
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """Where two saved files differ, in a bit or in what they have."""
+    one, other = (dict(_leaves("", _read(path))) for path in (a, b))
+    assert one, "nothing is saved"
+    same = {
+        name: torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+        for name, value in one.items()
+        if name in other
+    }
+    return sorted(one.keys() ^ other.keys()) + [name for name, equal in same.items() if not equal]
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, weights_only=True)
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(f"{name}/{key}", item)
+    else:
+        yield name, value
