@@ -2,7 +2,7 @@
 
     python examples/trainers/accelerate_loop.py --checkpoints runs/accelerate
     python examples/trainers/accelerate_loop.py --checkpoints runs/accelerate --resume
-    accelerate launch --num_processes 2 examples/trainers/accelerate_loop.py
+    torchrun --nproc_per_node 2 examples/trainers/accelerate_loop.py
 
 The network guesses each byte of Python's language reference from the 16 bytes before it. ``save_state`` writes all that
 a run depends on; one that is resumed on as many processes ends with the same bits.
@@ -52,29 +52,33 @@ def make_examples(stride: int) -> TensorDataset:
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace, processes: int) -> tuple[SOAP, LambdaLR]:
-    """SOAP for the hidden matrices, AdamW for the rest. Of the model as it is before ``prepare``.
+    """SOAP for hidden matrices, AdamW for the rest, of the model before ``prepare``.
 
-    There is no ``process_group``: every process computes every update, as with AdamW, and any one can save.
+    There is no ``process_group``: every process computes every update, as with
+    AdamW, and any one can save.
     """
     groups = route_parameters(model).param_groups(adamw={"weight_decay": 0.0})
     optimizer = SOAP(groups, lr=args.lr, weight_decay=0.01, precondition_frequency=10)
-    # accelerate steps a schedule once per process and step: it counts in batches of one process.
+    # accelerate steps a schedule once per process and step: it counts their batches.
     warmup, end = WARMUP * processes, args.steps * processes
-    return optimizer, LambdaLR(optimizer, lambda batch: min((batch + 1) / warmup, 1 - batch / end))
+    schedule = LambdaLR(optimizer, lambda i: min((i + 1) / warmup, 1 - i / end))
+    return optimizer, schedule
 
 
 def train(args: argparse.Namespace) -> None:
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # several processes without GPUs are one run only if this is said
+        # Several processes without GPUs are one run only if this is said.
+        cpu=not torch.cuda.is_available(),
         gradient_accumulation_steps=args.accumulate,
         mixed_precision=args.mixed_precision,
-        # The order of the examples follows from the seed and the epoch, and not from a random state.
+        # The order of the examples follows from the seed and the epoch alone.
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
     set_seed(args.seed)
     model = make_model()
     optimizer, schedule = make_optimizer(model, args, accelerator.num_processes)
-    # Without a generator of its own, a loader takes a number from that of dropout whenever a loop over it begins.
+    # Without a generator of its own, a loader takes a number from dropout's
+    # whenever a loop over it begins.
     examples, own = make_examples(args.stride), torch.Generator()
     loader = DataLoader(examples, args.batch_size, shuffle=True, drop_last=True, generator=own)
     model, optimizer, schedule, loader = accelerator.prepare(model, optimizer, schedule, loader)
@@ -90,7 +94,8 @@ def train(args: argparse.Namespace) -> None:
     while step < args.steps:
         epoch, done = divmod(step * args.accumulate, batches_per_epoch)
         loader.set_epoch(epoch)
-        for index, (contexts, targets) in enumerate(accelerator.skip_first_batches(loader, done), start=done):
+        rest = accelerator.skip_first_batches(loader, done)
+        for index, (contexts, targets) in enumerate(rest, start=done):
             if index == batches_per_epoch or step == args.steps:
                 break
             with accelerator.accumulate(model):
@@ -106,10 +111,10 @@ def train(args: argparse.Namespace) -> None:
                 continue
             step += 1
             if step % args.log_every == 0:
-                mean = accelerator.reduce(loss.detach(), "mean").item()
-                accelerator.print(f"step {step:>5}  loss {mean:.4f}  learning rate {schedule.get_last_lr()[0]:.5f}")
+                mean, rate = accelerator.reduce(loss.detach(), "mean"), schedule.get_last_lr()[0]
+                accelerator.print(f"step {step:>5}  loss {mean.item():.4f}  learning rate {rate:.5f}")
             if args.checkpoints is not None and (step % args.save_every == 0 or step == args.steps):
-                accelerator.save_state(args.checkpoints / f"step-{step:06d}")  # on every process
+                accelerator.save_state(args.checkpoints / f"step-{step:06d}")  # by all processes
     accelerator.end_training()
 
 

@@ -24,27 +24,33 @@ from emerging_optimizers.soap import SOAP
 
 CONTEXT = 64  # bytes that the model sees
 
+Windows = list[dict[str, torch.Tensor]]  # of input_ids and labels (CONTEXT,)
+
 
 class SOAPTrainer(Trainer):
     """A Trainer that trains with SOAP, and with AdamW what an eigenbasis does not suit."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Trainer's groups, one with weight decay and one without, each divided by the routing."""
+        """Divides Trainer's groups, with and without weight decay, by the routing."""
         if self.optimizer is None:
             model = self.model if model is None else model
             routing = route_parameters(model, head="lm_head")
-            decayed = set(self.get_decay_parameter_names(model))  # all but biases and norms
-            named = list(model.named_parameters())
-            groups = [
-                {"params": [p for n, p in named if n in decayed], "weight_decay": self.args.weight_decay},
-                {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
-            ]
-            self.optimizer = SOAP(routing.split(groups), lr=self.args.learning_rate, precondition_frequency=10)
+            names = set(self.get_decay_parameter_names(model))  # not biases and norms
+            decayed = [p for name, p in model.named_parameters() if name in names]
+            others = [p for name, p in model.named_parameters() if name not in names]
+            groups = routing.split(
+                [
+                    {"params": decayed, "weight_decay": self.args.weight_decay},
+                    {"params": others, "weight_decay": 0.0},
+                ]
+            )
+            lr = self.args.learning_rate
+            self.optimizer = SOAP(groups, lr=lr, precondition_frequency=10)
         return self.optimizer
 
 
-def plain_trainer(model: nn.Module, args: TrainingArguments, windows: list[dict[str, torch.Tensor]]) -> Trainer:
-    """SOAP on Trainer's own groups. The learning rate must be told, the weight decay is that of ``args``."""
+def plain_trainer(model: nn.Module, args: TrainingArguments, windows: Windows) -> Trainer:
+    """SOAP on Trainer's own groups. The weight decay is that of ``args``."""
     options = {"lr": args.learning_rate, "precondition_frequency": 10}
     return Trainer(model, args, train_dataset=windows, optimizer_cls_and_kwargs=(SOAP, options))
 
@@ -56,7 +62,7 @@ def make_model() -> GPT2LMHeadModel:
     )
 
 
-def make_windows() -> list[dict[str, torch.Tensor]]:
+def make_windows() -> Windows:
     """The language reference that every Python carries, in windows of bytes. The model itself shifts the labels."""
     data = torch.frombuffer(bytearray("\n\n".join(topics.values()).encode()), dtype=torch.uint8).long()
     return [{"input_ids": window, "labels": window} for window in data[: len(data) // CONTEXT * CONTEXT].split(CONTEXT)]

@@ -14,7 +14,7 @@ import argparse
 import os
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,26 +43,36 @@ def make_model() -> nn.Module:
     )
 
 
+class Run(NamedTuple):
+    """What changes from step to step, besides torch's random state."""
+
+    model: nn.Module
+    optimizer: SOAP
+    schedule: LambdaLR
+    batches: torch.Generator  # draws the examples
+
+
 def make_optimizer(model: nn.Module, args: argparse.Namespace) -> tuple[SOAP, LambdaLR]:
-    """SOAP for the hidden matrices, AdamW for the embedding, the head and the biases; warm-up, then linear decay."""
+    """SOAP for hidden matrices, AdamW for the rest; warm-up, then linear decay."""
     routing = route_parameters(model)
     print(routing)
     groups = routing.param_groups(adamw={"weight_decay": 0.0})
     optimizer = SOAP(groups, lr=args.lr, weight_decay=0.01, precondition_frequency=10)
 
     warmup = max(1, round(WARMUP * args.steps))
-    scale = lambda step: min((step + 1) / warmup, (args.steps - step) / (args.steps - warmup + 1))  # noqa: E731
-    return optimizer, LambdaLR(optimizer, scale)
+    decay = args.steps - warmup + 1
+    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (args.steps - step) / decay))
+    return optimizer, schedule
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: SOAP, schedule: LambdaLR, batches: Any) -> None:
-    """Writes everything that the next step depends on, under a name that only a complete file ever has."""
+def save(folder: Path, step: int, run: Run) -> None:
+    """Writes all that the next step depends on. Only a whole file has its last name."""
     state = {
         "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "batches": batches.get_state(),
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "schedule": run.schedule.state_dict(),
+        "batches": run.batches.get_state(),
         "random": torch.get_rng_state(),  # of dropout
         "cuda_random": torch.cuda.get_rng_state_all(),  # empty without a GPU
     }
@@ -71,13 +81,14 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: SOAP, schedule: L
     os.replace(folder / "unfinished", folder / f"step-{step:06d}.pt")
 
 
-def load(folder: Path, model: nn.Module, optimizer: SOAP, schedule: LambdaLR, batches: Any) -> int:
+def load(folder: Path, run: Run) -> int:
     """Goes back to the last checkpoint. Returns its step."""
-    state = torch.load(max(folder.glob("step-*.pt")), map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    batches.set_state(state["batches"])
+    last = max(folder.glob("step-*.pt"))
+    state = torch.load(last, map_location="cpu", weights_only=True)
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.schedule.load_state_dict(state["schedule"])
+    run.batches.set_state(state["batches"])
     torch.set_rng_state(state["random"])
     torch.cuda.set_rng_state_all(state["cuda_random"])
     return state["step"]
@@ -98,14 +109,16 @@ def train(args: argparse.Namespace) -> None:
 
     model = make_model().to(device)
     optimizer, schedule = make_optimizer(model, args)
-    start = load(args.checkpoints, model, optimizer, schedule, batches) if args.resume else 0
+    run = Run(model, optimizer, schedule, batches)
+    start = load(args.checkpoints, run) if args.resume else 0
 
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     for step in range(start + 1, args.steps + 1):
         optimizer.zero_grad()
         total = 0.0
         for _ in range(args.accumulate):
             contexts, targets = draw(data, args.batch_size // args.accumulate, batches, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            with autocast:
                 loss = F.cross_entropy(model(contexts), targets) / args.accumulate
             loss.backward()
             total += loss.detach()
@@ -116,7 +129,7 @@ def train(args: argparse.Namespace) -> None:
         if step % args.log_every == 0:
             print(f"step {step:>5}  loss {float(total):.4f}  gradient norm {float(norm):.3f}  learning rate {rate:.5f}")
         if args.checkpoints is not None and (step % args.save_every == 0 or step == args.steps):
-            save(args.checkpoints, step, model, optimizer, schedule, batches)
+            save(args.checkpoints, step, run)
 
 
 def main() -> None:
