@@ -64,16 +64,24 @@ class NextByte(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, object]:
         """SOAP, and its schedule, which moves after every step."""
-        groups = route_parameters(self).param_groups()  # the layers' matrices to SOAP, all else to AdamW
         replicas = dist.group.WORLD if isinstance(self.trainer.strategy, DDPStrategy) else None
-        optimizer = SOAP(groups, lr=self.hparams["lr"], precondition_frequency=10, process_group=replicas)
-        steps = int(self.trainer.estimated_stepping_batches)
-        # OneCycleLR would also move betas[0] from 0.95 to 0.85 and back, whatever the optimizer was given.
-        schedule = OneCycleLR(optimizer, max_lr=self.hparams["lr"], total_steps=steps, cycle_momentum=False)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        optimizer = SOAP(
+            route_parameters(self).param_groups(),  # the layers' matrices to SOAP, all else to AdamW
+            lr=self.hparams["lr"],
+            precondition_frequency=10,
+            process_group=replicas,
+        )
+        schedule = OneCycleLR(
+            optimizer,
+            max_lr=self.hparams["lr"],
+            total_steps=int(self.trainer.estimated_stepping_batches),
+            cycle_momentum=False,  # or betas[0] goes from 0.95 to 0.85 and back
+        )
+        by_step = {"scheduler": schedule, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": by_step}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put divided optimizer state together: every rank comes here, but the trainer writes only what rank 0 has."""
+        """Put divided state together. Every rank comes here; only what rank 0 has is written."""
         whole = tree_map_only(DTensor, DTensor.full_tensor, checkpoint["optimizer_states"])
         checkpoint["optimizer_states"] = whole
 
