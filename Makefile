@@ -1,5 +1,5 @@
 # `make help` lists the targets. Everything runs in .venv, which is made on first use and brought up to date
-# whenever pyproject.toml or constraints.txt change. No target needs a terminal.
+# whenever pyproject.toml or the lists of versions change. No target needs a terminal.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -54,7 +54,7 @@ clean:  ## delete what the targets make, except .venv
 
 # The build backend is installed first and the package built against it without isolation: an isolated build would
 # fetch a backend that constraints.txt does not pin.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt tests/trainers/separate.txt
 	@test -x $(BIN)/python || { command -v $(PYTHON) >/dev/null && \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; } || \
 		{ echo "emerging-optimizers needs Python 3.11 or newer; name one: make PYTHON=python3.11 ..." >&2; exit 1; }
@@ -62,4 +62,6 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing into .venv (minutes, the first time)"
 	@$(PIP) hatchling editables
 	@$(PIP) --no-build-isolation -e '.[dev]'
+	@rm -rf .trainers
+	@$(PIP) --no-deps --target .trainers -r tests/trainers/separate.txt
 	@touch $@

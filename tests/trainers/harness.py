@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,20 @@ ROOT = Path(__file__).parents[2]
 LIMIT = 180  # seconds for one run; it takes about ten, most of them for imports
 
 
-def run_example(name: str, *arguments: str | Path, folder: Path, fails: bool = False, processes: int = 0) -> str:
+def run_example(
+    name: str,
+    *arguments: str | Path,
+    folder: Path,
+    fails: bool = False,
+    processes: int = 0,
+    imports: Sequence[Path] = (),
+) -> str:
     """Standard output and error, in order, of ``python examples/trainers/NAME.py ARGUMENTS`` in ``folder``.
 
-    With ``processes``, of that many under ``torchrun``.
+    With ``processes``, of that many under ``torchrun``. ``imports`` are folders to import from, beside what is installed.
     """
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join(map(str, [ROOT, *imports]))
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
     example = ROOT / "examples" / "trainers" / f"{name}.py"
     done = subprocess.run(
