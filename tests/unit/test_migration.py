@@ -1,0 +1,233 @@
+"""What ``docs/migration.md`` says of SOAP, as tests; and the page itself: its options exist and its code runs."""
+
+import importlib
+import inspect
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers_behaviour import PAIRS, table
+from emerging_optimizers.routing import route_parameters
+from emerging_optimizers.soap import SOAP
+from emerging_optimizers.soap.layout import layout_of
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+RESULTS = json.loads((ROOT / "benchmarks/results/peers_behaviour.json").read_text(encoding="utf-8"))
+SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re.MULTILINE))
+#: Section of the page -> peer in the results; the authors' code was not run.
+PEERS = {
+    "From the paper authors' code": None,
+    "From heavyball 3.2.1": "heavyball",
+    "From pytorch-optimizer 4.1.0": "pytorch-optimizer",
+    "From NVIDIA's emerging-optimizers": "emerging-optimizers",
+}
+SHAPE = (6, 4)
+
+#: What the page says of ours, in the words of ``benchmarks/peers_experiments.py``.
+OURS = {
+    "weight_decay": ["lr * weight_decay, of the weights before the update"] * 3,
+    "decay_methods": "decoupled 0.005, independent 0.5, l2 not a multiple of the weights, palm refused",
+    "refreshes_by_default": f"after steps {list(range(1, 14))}",
+    "refreshes_at_4": "after steps [1, 5, 9, 13]",
+    "refresh_order": "refreshes, then moves the weights (step 5)",
+    "vector": "equals AdamW",
+    "vector_preconditioned": "differs from AdamW; bases of sizes [5]",
+    "scalar": "equals AdamW",
+    "convolution": "differs from AdamW; bases of sizes [3, 4, 6]",
+    "convolution_merged": "differs from AdamW; bases of sizes [6, 36]",
+    "limit": "limit 8: bases of sizes [4, 8]; limit 7: bases of sizes [4]",
+    "limit_zero": "equals AdamW",
+    "bfloat16_state": "float32; after loading float32",
+    "resume_bfloat16": "bit for bit",
+    "nan_gradient": "that one is finite, the other finite",
+    "missing_gradients": "left alone while it has none; then steps as alone",
+    "gradient_after": "unchanged",
+    "tensor_rate": "accepted, and read at every step",
+    "names": "accepted",
+    "maximize": "as the negated gradient",
+    "state_bytes": 24.0,
+}
+
+
+@pytest.fixture
+def experiments(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, which finds its neighbour by the folder that it lies in."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("peers_experiments")
+
+
+@pytest.mark.parametrize("experiment", OURS)
+def test_soap_behaves_as_the_page_says(experiment: str, experiments: ModuleType) -> None:
+    assert getattr(experiments, experiment)(experiments.Subject("ours")) == OURS[experiment]
+    assert RESULTS["experiments"][experiment]["ours"] == OURS[experiment]
+
+
+def test_no_update_of_the_pages_gradients_is_larger_than_adams_largest(experiments: ModuleType) -> None:
+    assert float(experiments.largest_update(experiments.Subject("ours"))) < 1.17
+
+
+def test_a_sparse_gradient_is_an_error(experiments: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match="sparse"):
+        experiments.sparse_gradient(experiments.Subject("ours"))
+
+
+# --- what the page says in words ------------------------------------------------------------------------------------
+
+
+def step_once(shape: tuple[int, ...] = SHAPE, **options: Any) -> tuple[Tensor, Tensor, SOAP]:
+    """The weights before and after one step, and the optimizer."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(shape, generator=generator))
+    before = weight.detach().clone()
+    weight.grad = torch.randn(shape, generator=generator)
+    optimizer = SOAP([weight], **{"lr": 0.1, **options})
+    optimizer.step()
+    return before, weight.detach(), optimizer
+
+
+@pytest.mark.parametrize("shape", [(), (5,), SHAPE, (3, 4, 2)], ids=str)
+def test_the_first_step_moves_the_weights(shape: tuple[int, ...]) -> None:
+    before, after, _ = step_once(shape, weight_decay=0.0)
+    assert (after - before).norm() > 0.01
+
+
+def test_a_first_step_at_rate_zero_moves_nothing_and_makes_the_bases() -> None:
+    before, after, optimizer = step_once(lr=0.0, weight_decay=0.5)
+    assert torch.equal(before, after)
+    (state,) = optimizer.state.values()
+    assert not torch.equal(state["Q_0"], torch.eye(6))
+    assert state["exp_avg"].any()
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_the_factors_decay_is_bias_corrected_unless_switched_off(correct: bool) -> None:
+    *_, optimizer = step_once(shampoo_beta=0.9, correct_shampoo_beta_bias=correct)
+    (weight,) = optimizer.param_groups[0]["params"]
+    gram = weight.grad @ weight.grad.T
+    torch.testing.assert_close(optimizer.state[weight]["GG_0"], gram if correct else 0.1 * gram)
+
+
+def test_eps_is_added_after_bias_correction() -> None:
+    before, after, optimizer = step_once((5,), eps=0.5, weight_decay=0.0)
+    grad = optimizer.param_groups[0]["params"][0].grad
+    torch.testing.assert_close(before - after, 0.1 * grad / (grad.abs() + 0.5))
+
+
+@pytest.mark.parametrize(("limit", "axes"), [(8, (0, 1)), (7, (1,)), (4, (1,)), (3, ()), (0, ())])
+def test_an_axis_as_long_as_the_limit_is_preconditioned(limit: int, axes: tuple[int, ...]) -> None:
+    assert layout_of((8, 4), limit, False, False).axes == axes
+
+
+@pytest.mark.parametrize("option", ["precondition_freq", "max_precondition_dim", "nesterov", "normalize_grads"])
+def test_an_option_that_does_not_exist_is_a_type_error(option: str) -> None:
+    with pytest.raises(TypeError, match=option):
+        step_once(**{option: 1})
+
+
+@pytest.mark.parametrize("keys", [["step", "exp_avg", "exp_avg_sq"], ["step", "exp_avg", "exp_avg_sq", "GG", "Q"]])
+def test_a_state_of_adamw_or_a_peer_is_refused(keys: list[str]) -> None:
+    before, _, optimizer = step_once()
+    foreign = {key: torch.zeros(SHAPE) if "exp" in key else torch.tensor(1.0) for key in keys}
+    with pytest.raises(ValueError, match=r"parameter 0 of its group, shape \(6, 4\) has the keys"):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: foreign}})
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "foreach", "capturable", "differentiable", "fused"])
+def test_what_only_adamw_has_is_kept_in_a_group_and_does_nothing(option: str) -> None:
+    with pytest.raises(TypeError, match=option):
+        step_once(**{option: True})
+    paths = []
+    for extra in ({}, {option: True}):
+        weight = nn.Parameter(torch.ones(SHAPE))
+        weight.grad = torch.arange(24.0).reshape(SHAPE)
+        SOAP([{"params": [weight], **extra}], lr=0.1).step()
+        paths.append(weight.detach())
+    assert torch.equal(*paths)
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def options_of(cell: str) -> list[str]:
+    """The names of options in a cell of a table: ```lr=3e-3`, `eps``` gives lr and eps."""
+    return re.findall(r"`([a-z_0-9]+)(?:=[^`]*)?`", cell)
+
+
+def option_rows(section: str) -> list[tuple[str, str]]:
+    _, _, rest = SECTIONS[section].partition("| Theirs | Ours | Note |\n| --- | --- | --- |\n")
+    lines = rest.partition("\n\n")[0].splitlines()
+    return [(cells[1], cells[2]) for cells in (line.split("|") for line in lines)]
+
+
+@pytest.mark.parametrize("section", PEERS)
+def test_the_option_tables_name_what_there_is_and_leave_nothing_out(section: str) -> None:
+    rows = option_rows(section)
+    assert len(rows) > 5
+    ours = inspect.signature(SOAP).parameters
+    assert {name for _, cell in rows for name in options_of(cell)} <= set(ours)
+    named = [name for cell, _ in rows for name in options_of(cell)]
+    assert len(named) == len(set(named))
+    peer = PEERS[section]
+    if peer is not None:
+        assert set(named) == set(RESULTS["signatures"][peer]) - {"params", "kwargs"}
+
+
+@pytest.mark.parametrize("section", PEERS)
+def test_defaults_that_the_option_tables_give_are_the_peers(section: str) -> None:
+    peer = PEERS[section]
+    for cell, _ in option_rows(section):
+        for name, value in re.findall(r"`([a-z_0-9]+)=([^`]*)`", cell):
+            if peer is not None:
+                assert RESULTS["signatures"][peer][name].replace("'", '"') == value
+
+
+@pytest.mark.parametrize("section", [section for section, text in SECTIONS.items() if "```python" in text])
+def test_the_code_of_the_page_trains(section: str) -> None:
+    for block in re.findall(r"```python\n(.*?)```", SECTIONS[section], flags=re.DOTALL):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 2))
+        names: dict[str, Any] = {"torch": torch, "SOAP": SOAP, "route_parameters": route_parameters, "model": model}
+        exec(compile(block, "docs/migration.md", "exec"), names)
+        inputs, losses = torch.randn(64, 6), []
+        for _ in range(30):
+            loss = (model(inputs) - inputs[:, :2]).square().mean()
+            names["optimizer"].zero_grad()
+            loss.backward()
+            names["optimizer"].step()
+            if "scheduler" in names:
+                names["scheduler"].step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.9 * losses[0]
+        if "scheduler" in names:
+            assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("section", [section for section, peer in PEERS.items() if peer])
+def test_the_code_of_the_page_has_the_settings_that_were_compared(section: str) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", SECTIONS[section], flags=re.DOTALL)
+    names: dict[str, Any] = {"torch": torch, "SOAP": SOAP, "model": nn.Linear(3, 2)}
+    exec(compile(block, "docs/migration.md", "exec"), names)
+    pair = PAIRS[PEERS[section]]
+    (compared,) = SOAP([nn.Parameter(torch.zeros(2, 3))], **pair.ours).param_groups
+    (written,) = names["optimizer"].param_groups
+    for key in compared.keys() - {"params"}:
+        assert (
+            written.get("initial_lr", written[key]) == compared[key] if key == "lr" else written[key] == compared[key]
+        )
+    assert ("scheduler" in names) == pair.skip_first
+
+
+def test_the_table_of_trainings_is_the_committed_result() -> None:
+    assert "\n".join(table(RESULTS["trainings"])) in PAGE
+
+
+@pytest.mark.parametrize("peer", ["heavyball", "pytorch-optimizer", "emerging-optimizers"])
+def test_the_page_names_the_versions_that_were_seen(peer: str) -> None:
+    assert f"{peer} {RESULTS['peers'][peer]}" in PAGE
