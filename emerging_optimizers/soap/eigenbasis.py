@@ -36,9 +36,7 @@ class RefreshedBases(NamedTuple):
     failed: Tensor
 
 
-def eigh_bases(
-    factors: Tensor, last_good: Tensor | None = None, shift: float | None = None
-) -> tuple[Tensor, Tensor]:
+def eigh_bases(factors: Tensor, last_good: Tensor | None = None, shift: float | None = None) -> tuple[Tensor, Tensor]:
     """Eigenvectors by ``torch.linalg.eigh``, in descending order of eigenvalue.
 
     The factor is divided by its largest diagonal entry first. An absolute shift of 1e-7 would erase the float32
@@ -94,8 +92,7 @@ def orthogonal_iteration(
         permuted all the same.
     """
     order = torch.argsort(quotients, dim=-1, descending=True, stable=True)
-    columns = order.unsqueeze(-2).expand_as(products)
-    bases, failed = orthonormal_columns(products.gather(-1, columns), bases.gather(-1, columns))
+    bases, failed = orthonormal_columns(products, bases, order)
     for _ in range(power_iter_steps - 1):
         with fp32_matmul_precision(matmul_precision):
             products = torch.bmm(factors, bases)
@@ -151,7 +148,7 @@ def refresh_bases(
     # eigenvalues drown in the rounding of the large ones.
     with fp32_matmul_precision("highest"):
         products = torch.bmm(factors, bases)
-    quotients = (bases * products).sum(-2)
+        quotients = torch.linalg.vecdot(bases, products, dim=-2)
     if adaptive_tolerance is not None:
         refreshed = ~basis_holds(factors, quotients, adaptive_tolerance)
         if not bool(refreshed.any()):

@@ -93,7 +93,9 @@ def refresh_eigenbasis_and_moments(
     # Only along the axes that were refreshed: the other bases would take it out and in again.
     original = exp_avg if bases is None else project_back(exp_avg, _where(turned, bases))
     carried = project(original, _where(turned, new_bases))
-    new_exp_avg = torch.where(along_stack(any_refreshed, exp_avg), carried, exp_avg)
+    new_exp_avg = carried
+    if adaptive_tolerance is not None:
+        new_exp_avg = torch.where(along_stack(any_refreshed, exp_avg), carried, exp_avg)
     if bases is None or second_moment_refresh == "kronecker":
         estimate = kronecker_second_moment(exp_avg_sq, factors, new_bases)
         permuted = torch.where(along_stack(any_refreshed, exp_avg), estimate, permuted)

@@ -23,7 +23,7 @@ def run_example(
 ) -> str:
     """Standard output and error, in order, of ``python examples/trainers/NAME.py ARGUMENTS`` in ``folder``.
 
-    With ``processes``, of that many under ``torchrun``. ``imports`` are folders to import from, beside what is installed.
+    With ``processes``, of that many under ``torchrun``. ``imports`` are further folders to import from.
     """
     path = os.pathsep.join(map(str, [ROOT, *imports]))
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
