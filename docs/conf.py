@@ -8,6 +8,13 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 exclude_patterns = ["_build"]
 
+# A reference that leads nowhere is a warning, but for those to what these pages do not document.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:class", r"(collections|dist|torch)\..+|DeviceMesh|Tensor"),
+    ("py:class", r"emerging_optimizers\.(health\.monitor\.ScalarWriter|soap\.layout\.Layout)"),
+]
+
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 napoleon_google_docstring = True
