@@ -8,7 +8,7 @@ READY := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types docs doctest audit bench races clean
+.PHONY: help demo test lint types docs links doctest audit bench races clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name what; do \
@@ -29,6 +29,9 @@ types: $(READY)  ## check types (mypy, strict on the package)
 docs: $(READY)  ## build the documentation into docs/_build; a warning is an error
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
 	@echo "documentation: docs/_build/index.html"
+
+links: docs  ## check the links within the documentation and the Markdown files (no network)
+	$(BIN)/python tools/links.py docs/_build
 
 doctest: $(READY)  ## run the examples in the package's docstrings
 	$(BIN)/python -m pytest -q --doctest-modules emerging_optimizers

@@ -6,7 +6,15 @@ release = version = installed_version(project)
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3  # so that a link to a heading of another page works, as it does where Markdown is shown
 exclude_patterns = ["_build"]
+
+# A reference that leads nowhere is a warning, but for those to what these pages do not document.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:class", r"(collections|dist|torch)\..+|DeviceMesh|Tensor"),
+    ("py:class", r"emerging_optimizers\.(health\.monitor\.ScalarWriter|soap\.layout\.Layout)"),
+]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -90,7 +90,7 @@ class TensorHealth:
 
     @property
     def periods(self) -> float | None:
-        """The age of the basis in refresh periods: below 1 where refreshes happen when they are due."""
+        """The age of the basis in refresh periods, below 1 where refreshes happen when they are due."""
         return None if self.age is None or self.frequency is None else self.age / self.frequency
 
     def scalars(self) -> Iterator[tuple[str, float]]:

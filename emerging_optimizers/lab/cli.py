@@ -9,7 +9,8 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated
 
-EXTRA = 'this command needs an extra: pip install "emerging-optimizers[lab]"'
+# Not by the name: on an index it stands for another distribution.
+EXTRA = 'this command needs an extra; in your clone of the repository: pip install ".[lab]"'
 
 try:
     import typer
@@ -17,7 +18,9 @@ except ModuleNotFoundError:
     print(f"soap: {EXTRA}", file=sys.stderr)
     raise SystemExit(2) from None
 
-from emerging_optimizers.lab.errors import LabError  # noqa: E402 (typer first: all else needs it)
+from emerging_optimizers import __version__  # noqa: E402 (typer first: all else needs it)
+from emerging_optimizers.lab import arguments as words  # noqa: E402
+from emerging_optimizers.lab.errors import LabError  # noqa: E402
 from emerging_optimizers.lab.planning import plan  # noqa: E402
 from emerging_optimizers.lab.printable import printable  # noqa: E402
 
@@ -26,34 +29,94 @@ if TYPE_CHECKING:
     from emerging_optimizers.lab.race import Race
 
 SECONDS_BETWEEN_SAVES = 60.0
+COMMANDS = ("plan", "race", "inspect")
 
 ABOUT = "Plan the SOAP optimizer for a model, race it, or look into its state."
-app = typer.Typer(help=ABOUT, add_completion=False, rich_markup_mode=None)
-app.command()(plan)
+#: typer's own sentences for these two take four lines of the help.
+COMPLETION_HELP = {
+    "install_completion": "set up Tab completion for this shell and exit",
+    "show_completion": "print that set-up and exit",
+}
+app = typer.Typer(help=ABOUT, rich_markup_mode=None)
+app.command(short_help="what SOAP will cost on a model, in memory and FLOPs")(plan)
 
 
-@app.command()
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"soap {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def soap(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Plan the SOAP optimizer for a model, race it, or look into its state."""
+
+
+@app.command(short_help="train a model with SOAP and its rivals, and see who wins")
 def race(
     task: Annotated[
-        str | None, typer.Option(help="charlm, digits, pinn or package.module:TaskClass  [default: charlm]")
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help="charlm, digits, pinn or package.module:TaskClass  [default: charlm]",
+            autocompletion=words.task_names,
+        ),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 file for charlm, instead of the built-in text")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="UTF-8 text for charlm, instead of the built-in one", autocompletion=words.files
+        ),
+    ] = None,
     optimizers: Annotated[
         str | None,
-        typer.Option(help="comma list of soap, soap-kronecker, kl-soap, adamw, muon  [default: all but kl-soap]"),
+        typer.Option(
+            metavar="NAMES",
+            help="comma list of soap, soap-kronecker, kl-soap, adamw, muon  [default: all but kl-soap]",
+            autocompletion=words.optimizer_names,
+        ),
     ] = None,
     lr: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=RATES", help="soap=6e-3,3e-3: peak rates, each its own run; repeatable"),
+        typer.Option(metavar="NAME=RATES", help="soap=6e-3,3e-3: peak rates, each a run of its own; repeatable"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="optimizer steps per run  [default: the task's]")] = None,
-    seeds: Annotated[str | None, typer.Option(help="comma list, each its own start and batches  [default: 0]")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", parser=words.whole_number("--steps"), help="optimizer steps per run  [default: the task's]"
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="SEEDS", help="comma list, each a start and batches of its own  [default: 0]")
+    ] = None,
     frequency: Annotated[
-        int | None, typer.Option(min=1, help="steps between SOAP's eigenbasis refreshes  [default: 10]")
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=words.whole_number("--frequency"),
+            help="steps between SOAP's eigenbasis refreshes  [default: 10]",
+        ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="torch's threads  [default: torch's choice]")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for the report  [default: race-TASK]")] = None,
-    resume: Annotated[Path | None, typer.Option(help="continue the stopped race in this folder")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=words.whole_number("--threads", most=1024),
+            help="torch's threads  [default: torch's choice]",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="for the report  [default: race-TASK]", autocompletion=words.files),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="continue the stopped race in it", autocompletion=words.files),
+    ] = None,
 ) -> None:
     """Train one model with several optimizers, from the same start on the same batches, and say which wins."""
     for package in ("matplotlib", "rich", "numpy"):  # found missing now, not when the race has been run
@@ -67,13 +130,14 @@ def race(
     if resume is not None:
         given = {"--task": task, "--text": text, "--optimizers": optimizers, "--lr": lr, "--steps": steps,
                  "--seeds": seeds, "--frequency": frequency, "--threads": threads, "--out": out}  # fmt: skip
-        if extra := [option for option, value in given.items() if value]:
+        if extra := [option for option, value in given.items() if value not in (None, [])]:
             raise LabError(f"--resume takes its settings from the folder: leave out {', '.join(extra)}")
         state = checkpoint.load(resume)
         torch.set_num_threads(saved_options(state).threads)
         _play(Race.restore(state), resume)
         return
-    options = _options(task or "charlm", text, optimizers, lr or [], steps, seeds or "0", frequency or 10, threads)
+    task, seeds = "charlm" if task is None else task, "0" if seeds is None else seeds
+    options = _options(task, text, optimizers, lr or [], steps, seeds, frequency or 10, threads)
     folder = out or Path(f"race-{options.task.rpartition(':')[2]}")
     torch.set_num_threads(options.threads)
     fresh = Race(options)
@@ -85,13 +149,20 @@ def race(
     _play(fresh, folder)
 
 
-@app.command()
+@app.command(short_help="is a saved optimizer state healthy?")
 def inspect(
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="CHECKPOINT", help="file of torch.save: an optimizer's state dict or a dict with one"),
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="file of torch.save: an optimizer's state dict or a dict with one",
+            autocompletion=words.files,
+        ),
     ],
-    out: Annotated[Path | None, typer.Option(help="folder for a page with the spectra of all factors")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="for a page with the spectra of all factors", autocompletion=words.files),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON instead of a table")] = False,
 ) -> None:
     """Measure a saved optimizer state: is every basis fresh and orthogonal, does every gradient live?
@@ -138,7 +209,7 @@ def _options(task: str, text: Path | None, optimizers: str | None, lr: list[str]
     task_class(task)
     if text is not None and task != "charlm":
         raise LabError(f"--text belongs to the task charlm, not to {task}")
-    names = read_optimizers(optimizers) if optimizers else DEFAULT_OPTIMIZERS
+    names = DEFAULT_OPTIMIZERS if optimizers is None else read_optimizers(optimizers)
     rates = read_learning_rates(lr, names, task)
     untuned = [name for name in names if not any(word.startswith(f"{name}=") for word in lr)]
     if untuned and not is_tuned(task):
@@ -189,10 +260,12 @@ def _play(race: Race, folder: Path) -> None:
         raise typer.Exit(128 + stop.received)
 
 
-def _command(error: typer.TyperException) -> str:
+def _in_command(error: typer.TyperException, arguments: list[str]) -> str:
     """The command in which a mistake was made, as its user typed it."""
     context = getattr(error, "ctx", None)
-    return context.command_path if context is not None else "soap"
+    if context is not None:
+        return str(context.command_path)
+    return " ".join(["soap", *(word for word in arguments[:1] if word in COMMANDS)])
 
 
 def _complain(message: str) -> int:
@@ -209,12 +282,19 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for a mistake in the command, 130 or 143 after a stop by signal.
     """
+    command = typer.main.get_command(app)
+    for parameter in command.params:
+        if isinstance(parameter, typer.core.TyperOption):
+            parameter.help = COMPLETION_HELP.get(str(parameter.name), parameter.help)
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        code = app(arguments, standalone_mode=False, prog_name="soap")
+        code = command(given, standalone_mode=False, prog_name="soap")
     except LabError as error:
         return _complain(str(error))
     except typer.TyperException as error:
-        return _complain(f"{error.format_message()} See {_command(error)} --help.")
+        message = error.format_message()
+        stop = "" if message.endswith((".", "?", "!")) else "."
+        return _complain(f"{message}{stop} See {_in_command(error, given)} --help.")
     except OSError as error:  # a full disk, a folder that was taken away during the race
         return _complain(f"{error.filename or 'the output folder'}: {error.strerror}")
     except ModuleNotFoundError as error:

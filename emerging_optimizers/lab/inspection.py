@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -59,8 +60,10 @@ def _load(path: Path) -> Any:
                 damaged = archive.testzip()  # torch compares no check sums
             if damaged is not None:
                 raise LabError(f"{path}: damaged (bad check sum of {damaged})")
-        # Mapped, not read: a matrix at a time is looked at.
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what it then refuses: the error says so
+            # Mapped, not read: a matrix at a time is looked at.
+            return torch.load(path, weights_only=True, map_location="cpu", mmap=zipped)
     except OSError as error:
         raise LabError(f"{path}: {error.strerror or error}") from error
     except LabError:

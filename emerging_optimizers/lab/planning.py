@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from emerging_optimizers.lab import arguments as words
 from emerging_optimizers.lab.errors import LabError
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 UNITS = {unit: 1000**i for i, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 UNITS |= {unit: 1024**i for i, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), start=1)}
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 CALIBRATION_SECONDS = 10.0
 
 
@@ -27,11 +27,20 @@ def plan(
             metavar="MODEL",
             help="gpt2, gpt2-xl, llama-3-8b, llama-3-70b, resnet50, vit-b; package.module:function, which returns a "
             "module; or a file: Hugging Face config.json, .safetensors or its index, torch checkpoint",
+            autocompletion=words.preset_names,
         ),
     ],
-    frequency: Annotated[int, typer.Option(min=1, max=10**15, help="steps between eigenbasis refreshes")] = 10,
+    frequency: Annotated[
+        int,
+        typer.Option(metavar="N", parser=words.whole_number("--frequency"), help="steps between eigenbasis refreshes"),
+    ] = 10,
     max_precond_dim: Annotated[
-        int | None, typer.Option(min=0, max=10**15, help="a longer axis keeps no factor  [default: SOAP's, 10000]")
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=words.whole_number("--max-precond-dim", least=0),
+            help="a longer axis keeps no factor  [default: SOAP's, 10000]",
+        ),
     ] = None,
     merge_dims: Annotated[bool, typer.Option("--merge-dims", help="fold a convolution's axes")] = False,
     pack_factors: Annotated[bool, typer.Option("--pack-factors", help="keep a triangle of each factor")] = False,
@@ -42,31 +51,52 @@ def plan(
         bool, typer.Option("--no-routing", help="as SOAP(model.parameters()): embeddings and head too")
     ] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="of the parameters: float32, bfloat16, float16, float64  [default: the model's]")
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="of the parameters: float32, bfloat16, float16, float64  [default: the model's]",
+            autocompletion=words.dtype_names,
+        ),
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, max=10_000, help="processes that divide the work")] = 1,
+    ranks: Annotated[
+        int,
+        typer.Option(
+            metavar="N", parser=words.whole_number("--ranks", most=10_000), help="processes that divide the work"
+        ),
+    ] = 1,
     sharded: Annotated[
         bool, typer.Option("--sharded", help="weights sharded over the ranks (FSDP2), not whole on each (DDP)")
     ] = False,
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, max=10**15, help="batch in tokens, all ranks; shows the overhead of the optimizer"),
+        typer.Option(
+            metavar="N",
+            parser=words.whole_number("--tokens"),
+            help="tokens per step over all ranks; shows the optimizer's share of the FLOPs",
+        ),
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="24GB or 24GiB: options whose state fits into it on every rank")
+        str | None,
+        typer.Option(metavar="SIZE", help="such as 24GB or 24GiB: find options whose state fits on every rank"),
     ] = None,
     with_weights: Annotated[
         bool, typer.Option("--with-weights", help="--memory holds weights and gradients too")
     ] = False,
     overhead: Annotated[
-        str | None, typer.Option(metavar="SHARE", help="5%: options that take no more of the training FLOPs")
+        str | None,
+        typer.Option(metavar="SHARE", help="such as 5%: find options that add no more to the training FLOPs"),
     ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="measure this machine's rates (10 s); predict milliseconds")
     ] = False,
     every: Annotated[bool, typer.Option("--all", help="a line per parameter, not per kind of layer")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    picture: Annotated[Path | None, typer.Option(metavar="FILE.png", help="bars: state of each kind of layer")] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png", help="draw the state of each kind of layer as bars", autocompletion=words.files
+        ),
+    ] = None,
 ) -> None:
     """Say what SOAP will cost on a model: memory and FLOPs, next to AdamW and Muon. Nothing is allocated."""
     for package in ("rich", *(["matplotlib"] if picture else [])):
@@ -74,8 +104,10 @@ def plan(
             raise ModuleNotFoundError(name=package)
     if picture is not None and picture.suffix.lower() != ".png":
         raise LabError(f"--picture {picture}: expected a name that ends in .png")
-    if dtype is not None and dtype not in DTYPES:
-        raise LabError(f"--dtype {dtype}: choose {', '.join(DTYPES)}")
+    if picture is not None and not picture.parent.is_dir():
+        raise LabError(f"--picture {picture}: there is no folder {picture.parent}")
+    if dtype is not None and dtype not in words.DTYPES:
+        raise LabError(f"--dtype {dtype}: choose {', '.join(words.DTYPES)}")
     budget = read_budget(memory, with_weights, overhead, tokens)
     if calibrate and ranks > 1:
         raise LabError("--calibrate predicts one process, and no transfers: leave out --ranks")

@@ -19,6 +19,7 @@ from emerging_optimizers.plan.shapes import Model, model_of
 
 PRESETS = (*PRESET_CONFIGS, "resnet50", "vit-b")
 SOURCES = "a preset, package.module:function, or a config.json, .safetensors, .safetensors.index.json, .pt or .bin file"
+FILES = (".json", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 #: What is saved with the weights and not trained: batch norm's statistics, causal masks, rotary frequencies.
 BUFFER = re.compile(r"(running_mean|running_var|num_batches_tracked|\.attn\.bias|masked_bias|inv_freq)$")
@@ -55,8 +56,12 @@ def load_model(source: str) -> Model:
             return _from_file(path)
     except OSError as error:
         raise ValueError(f"{source}: {error.strerror}; name a readable file") from error
+    if source and path.is_dir():
+        raise ValueError(f"{source}: a folder without config.json; give {SOURCES}")
     if ":" in source:
         return _from_function(source)
+    if path.suffix in FILES or len(path.parts) > 1:
+        raise ValueError(f"{source}: no such file; give {SOURCES}")
     close = difflib.get_close_matches(source, PRESETS, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(f"no model {source!r}: {hint}presets are {', '.join(PRESETS)}; or give {SOURCES[10:]}")

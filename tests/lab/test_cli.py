@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from emerging_optimizers import __version__
 from emerging_optimizers.lab.cli import main
 from emerging_optimizers.lab.race import Race, Run
 from emerging_optimizers.lab.signals import StopRequest
@@ -68,8 +69,23 @@ def test_the_default_task_runs(folder: Path, capsys: pytest.CaptureFixture[str])
         (["--optimizers", "soap,adamv"], "--optimizers: unknown optimizer 'adamv': did you mean 'adamw'?"),
         (["--optimizers", "soap,soap"], "an optimizer is there twice"),
         (["--stps", "3"], "--stps"),
-        (["--steps", "0"], "--steps"),
-        (["--steps", "many"], "--steps"),
+        (["--steps", "0"], "--steps 0: expected a whole number of at least 1"),
+        (["--steps", "many"], "--steps many: expected a whole number of at least 1"),
+        (["--steps", "1.5"], "--steps 1.5: expected a whole number of at least 1"),
+        (["--steps", 5000 * "9"], "expected a whole number of at least 1"),
+        (["--threads", "99999"], "--threads 99999: expected a whole number from 1 to 1,024"),
+        (["--frequency", "-3"], "--frequency -3: expected a whole number of at least 1"),
+        (["--task"], "Option '--task' requires an argument. See soap race --help."),
+        (["--task", ""], "unknown task ''"),
+        (["--task", "nowhere:Task"], "importing 'nowhere' failed (ModuleNotFoundError"),
+        (["--task", "tiny_tasks:Missing"], "module 'tiny_tasks' has no class 'Missing'"),
+        (["--optimizers", ""], "--optimizers: unknown optimizer ''"),
+        (["--seeds", ""], "--seeds : expected different whole numbers"),
+        (["--text", "foreign"], "Is a directory; name a readable text file"),
+        (["--text", "bytes"], "not UTF-8 (byte 0); convert it first"),
+        (["--task", "tiny_tasks:Tiny", "--out", "short.txt/in"], "--out short.txt/in: cannot be made (Not a directory"),
+        (["--resume", "nowhere"], "--resume nowhere: nothing to resume there"),
+        (["--resume", "short.txt"], "--resume short.txt: nothing to resume there"),
         (["--lr", "soap"], "--lr soap: expected optimizer=rate"),
         (["--lr", "soap=fast"], "--lr soap=fast: expected optimizer=rate"),
         (["--lr", "soap=-1"], "--lr soap=-1: expected optimizer=rate"),
@@ -93,6 +109,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.tex").write_text("precious")
     (folder / "short.txt").write_text("short")
+    (folder / "bytes").write_bytes(b"\xff\xfe")
     assert main(["race", *words]) == 2
     err = capsys.readouterr().err
     assert complaint in err
@@ -131,7 +148,42 @@ def test_without_the_extra_one_line_says_how_to_get_it(tmp_path: Path) -> None:
     hide = "import sys; sys.modules['typer'] = None; import emerging_optimizers.lab.cli"
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2
-    assert done.stderr == 'soap: this command needs an extra: pip install "emerging-optimizers[lab]"\n'
+    assert done.stderr == 'soap: this command needs an extra; in your clone of the repository: pip install ".[lab]"\n'
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "Missing command. See soap --help."),
+        (["rase"], "No such command 'rase'. Did you mean 'race'? See soap --help."),
+        (["--verson"], "No such option: --verson"),
+    ],
+)
+def test_a_mistake_before_the_command_is_one_line(
+    capsys: pytest.CaptureFixture[str], words: list[str], complaint: str
+) -> None:
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert complaint in err
+    assert err.count("\n") == 1
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"soap {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["race"], ["plan"], ["inspect"]])
+def test_help_reads_well_in_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not [line for line in lines if "..." in line and "[OPTIONS]" not in line]  # a summary that was cut short
+    assert not [line for line in lines if "range>" in line or "<=" in line]  # how typer shows a number with limits
+    assert len(lines) <= 45
 
 
 def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,11 @@ def test_an_optimizer_without_a_step_is_said_to_be_one(folder: Path, capsys: pyt
         (["missing.pt"], "missing.pt: No such file or directory"),
         (["text.pt"], "text.pt: not a checkpoint that torch.load(weights_only=True) reads"),
         (["pickle.pt"], "pickle.pt: not a checkpoint that torch.load(weights_only=True) reads"),
+        (["newer.pickle"], "newer.pickle: not a checkpoint that torch.load(weights_only=True) reads"),
+        (["foreign"], "foreign: Is a directory"),
+        (["empty.pt"], "empty.pt: not a checkpoint"),
+        (["half.pt"], "half.pt: not a checkpoint"),
+        (["good.pt", "--out", "good.pt/in"], "--out good.pt/in: cannot be made (Not a directory)"),
         (["damaged.pt"], "damaged.pt: "),
         (["model.pt"], "model.pt: no optimizer state under optimizer, optim,"),
         (["tensor.pt"], "it has: no dict"),
@@ -176,7 +183,10 @@ def test_a_mistake_is_one_line(
     (folder / "text.pt").write_text("no checkpoint")
     torch.save({"optimizer": optimizer.state_dict(), "extra": Path("x")}, "pickle.pt")
     torch.save(optimizer.state_dict(), "good.pt")
+    (folder / "newer.pickle").write_bytes(pickle.dumps({1}, protocol=4))
+    (folder / "empty.pt").touch()
     content = bytearray((folder / "good.pt").read_bytes())
+    (folder / "half.pt").write_bytes(content[: len(content) // 2])
     content[len(content) // 2] ^= 1
     (folder / "damaged.pt").write_bytes(content)
     torch.save(model.state_dict(), "model.pt")
@@ -186,7 +196,10 @@ def test_a_mistake_is_one_line(
     damaged["state"][0] = {**damaged["state"][0], "Q_0": torch.eye(2)}
     torch.save(damaged, "shape.pt")
 
-    assert main(["inspect", *words]) == 2
+    with warnings.catch_warnings(record=True) as warned:  # would be more lines on stderr
+        warnings.simplefilter("always")
+        assert main(["inspect", *words]) == 2
+    assert not warned
     out = capsys.readouterr()
     assert out.err.startswith("soap: ")
     assert complaint in out.err

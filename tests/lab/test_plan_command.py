@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -86,18 +87,30 @@ def test_calibrated_milliseconds_are_shown(capsys: pytest.CaptureFixture[str], m
     ("words", "complaint"),
     [
         (["gpt3"], "no model 'gpt3': did you mean 'gpt2'?"),
-        (["missing.safetensors"], "no model 'missing.safetensors'"),
+        (["missing.safetensors"], "missing.safetensors: no such file; give a preset"),
+        (["nowhere/model"], "nowhere/model: no such file; give a preset"),
+        (["empty"], "empty: a folder without config.json"),
+        (["pickle.pt"], "pickle.pt: not a checkpoint that torch.load reads with weights_only"),
+        (["gpt2", "--memory", "24"], "--memory 24: expected a size with its unit, for example 24GB"),
+        (["gpt2", "--memory", ""], "expected a size with its unit, for example 24GB"),
+        (["gpt2", "--memory=-1GB"], "--memory -1GB: expected a size with its unit"),
+        (["gpt2", "--tokens", "1e6"], "--tokens 1e6: expected a whole number of at least 1"),
+        (["gpt2", "--tokens", "1M"], "--tokens 1M: expected a whole number of at least 1"),
+        (["gpt2", "--overhead", "five", "--tokens", "1"], "--overhead five: expected a percentage, for example 5%"),
+        (["gpt2", "--frequency", "0"], "--frequency 0: expected a whole number of at least 1"),
+        (["gpt2", "--max-precond-dim", "-1"], "--max-precond-dim -1: expected a whole number of at least 0"),
+        (["gpt2", "--ranks", "ten"], "--ranks ten: expected a whole number from 1 to 10,000"),
+        (["gpt2", "llama-3-8b"], "Got unexpected extra argument(s) (llama-3-8b). See soap plan --help."),
         (["bad.json"], "model_type must be one of gpt2, llama, mistral, qwen2, got 'bert'"),
         (["tiny_tasks:Nothing"], "cannot be imported"),
         (["tiny_tasks:Tiny"], "failed on the meta device"),
         ([], "Missing argument 'MODEL'. See soap plan --help."),
-        (["gpt2", "--memory", "24"], "--memory 24: expected a size with its unit, for example 24GB"),
         (["gpt2", "--memory", "0GB"], "expected a size with its unit"),
         (["gpt2", "--memory", 400 * "9" + "GB"], "expected a size with its unit"),
         (["gpt2", "--overhead", 400 * "9" + "%", "--tokens", "1"], "expected a percentage"),
         (["gpt2", "--tokens", 400 * "9"], "--tokens"),
         (["gpt2", "--ranks", "1000000000"], "--ranks"),
-        (["."], "no model '.'"),
+        (["."], ".: a folder without config.json"),
         ([""], "no model ''"),
         ([300 * "x"], "File name too long; name a readable file"),
         (["gpt2", "--memory", "4 apples"], "expected a size with its unit"),
@@ -109,7 +122,7 @@ def test_calibrated_milliseconds_are_shown(capsys: pytest.CaptureFixture[str], m
         (["gpt2", "--ranks", "0"], "--ranks"),
         (["gpt2", "--ranks", "2", "--calibrate"], "--calibrate predicts one process"),
         (["gpt2", "--picture", "bars.jpg"], "--picture bars.jpg: expected a name that ends in .png"),
-        (["gpt2", "--picture", "nowhere/bars.png"], "No such file or directory"),
+        (["gpt2", "--picture", "nowhere/bars.png"], "--picture nowhere/bars.png: there is no folder nowhere"),
         (["gpt2", "--frequncy", "3"], "--frequncy"),
     ],
 )
@@ -117,6 +130,8 @@ def test_a_mistake_is_one_line_that_says_what_to_do(
     folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], complaint: str
 ) -> None:
     (folder / "bad.json").write_text('{"model_type": "bert"}')
+    (folder / "empty").mkdir()
+    (folder / "pickle.pt").write_bytes(pickle.dumps({1}, protocol=4))
     assert main(["plan", *words]) == 2
     err = capsys.readouterr().err
     assert complaint in err
