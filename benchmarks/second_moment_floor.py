@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from emerging_optimizers.soap import SOAP, soap
+from emerging_optimizers.soap import SOAP, algorithm
 
 SHAPES = [(24, 4), (128, 32)]
 
@@ -31,12 +31,12 @@ def worst_rms(shape: tuple[int, ...], dtype: torch.dtype) -> float:
 
 
 def main() -> None:
-    floor, rows = soap.raise_to_floor, []
+    floor, rows = algorithm.raise_to_floor, []
     for shape in SHAPES:
         for dtype in (torch.float32, torch.float64):
             row = {"shape": shape, "dtype": str(dtype)}
             for name, function in {"with": floor, "without": lambda v, *_: v}.items():
-                soap.raise_to_floor = function
+                algorithm.raise_to_floor = function
                 row[name] = worst_rms(shape, dtype)
             rows.append(row)
             print(row)

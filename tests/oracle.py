@@ -1,4 +1,4 @@
-"""A float64 reference of one SOAP step, written to be read beside the algorithm in ``docs/architecture.md``.
+"""A float64 reference of one SOAP step, written to be read beside the algorithm in ``docs/algorithm.md``.
 
 Nothing here is shared with the package, nothing is batched, nothing is in place, nothing is fast: dense matrices,
 loops over tensors and axes, one helper per formula. The numbers in the comments are the steps listed there.

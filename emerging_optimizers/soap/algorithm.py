@@ -1,4 +1,4 @@
-"""The algorithm: one step of parameters that are worked on together, in the order of ``docs/architecture.md``.
+"""The algorithm: one step of parameters that are worked on together, in the order of ``docs/algorithm.md``.
 
 The functions read a parameter group's options and hand plain numbers to the kernels (``kronecker``, ``refresh``,
 ``adam``), which know neither groups nor state.

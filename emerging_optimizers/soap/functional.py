@@ -208,7 +208,7 @@ def update_eigenbasis_and_momentum(
     ``V_ij <- sum(V) lam_i mu_j / sum(lam_i mu_j)``. ``momentum`` and ``exp_avg_sq`` are also updated in place.
 
     Source: SOAP, arXiv 2409.11321, algorithms 3 and 4; criterion: arXiv 2506.03595. The treatment of the second
-    moment departs from the paper, see the architecture page. The optimizer also raises the second moment to its floor
+    moment departs from the paper, see the algorithm page. The optimizer also raises the second moment to its floor
     (``emerging_optimizers.adam.raise_to_floor``), which needs the betas and is not part of this function.
 
     Args:

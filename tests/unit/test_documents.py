@@ -1,12 +1,15 @@
 """The code in README and docs runs as it stands."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+
+from emerging_optimizers.soap import SOAP
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -50,6 +53,43 @@ def test_every_test_that_the_reliability_page_names_exists() -> None:
         for file, name in named:
             tree = ast.parse((ROOT / "tests" / "reliability" / file).read_text(encoding="utf-8"))
             assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, name
+
+
+def test_everything_that_the_algorithm_page_names_exists() -> None:
+    page = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    suite = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    tests = set(re.findall(r"`(test_\w+)`", page))
+    assert len(tests) > 25
+    for name in tests:
+        assert f"def {name}(" in suite, name
+    for path in re.findall(r"`((?:benchmarks|tests)/[\w/.]+)`", page):
+        assert (ROOT / path).exists(), path
+    modules = {path.stem: path for path in (ROOT / "emerging_optimizers/soap").glob("*.py")}
+    modules |= {path.stem: path for path in (ROOT / "emerging_optimizers").glob("*.py")}
+    names = [name.split(".") for name in re.findall(r"`([a-z_]+(?:\.\w+)+)`", page) if name != "p.grad"]
+    assert len(names) > 15
+    for module, *attributes in names:
+        assert module in modules, module
+        here: object = importlib.import_module(".".join(modules[module].relative_to(ROOT).with_suffix("").parts))
+        for attribute in attributes:
+            assert hasattr(here, attribute), f"{module}.{'.'.join(attributes)}"
+            here = getattr(here, attribute)
+
+
+def test_the_algorithm_page_has_every_key_of_the_state_and_no_option_that_is_none() -> None:
+    page = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    optimizer = SOAP([parameter], lr=0.1)
+    optimizer.step()
+
+    def names(header: str, column: int) -> set[str]:
+        (table,) = re.findall(rf"^\| {header} .*?\n\n", page, flags=re.DOTALL | re.MULTILINE)
+        return {name for row in table.splitlines()[2:-1] for name in re.findall(r"`(\w+)`", row.split("|")[column])}
+
+    assert names("Symbol", 2) == set(optimizer.state[parameter])
+    assert len(names("Option", 1)) > 5
+    assert names("Option", 1) <= set(optimizer.defaults)
 
 
 def test_the_example_of_the_planners_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
