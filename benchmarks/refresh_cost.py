@@ -22,7 +22,7 @@ from torch import Tensor
 from emerging_optimizers.lab.machine import machine, versions
 from emerging_optimizers.lab.optimizers import make_contender
 from emerging_optimizers.lab.tasks import make_task
-from emerging_optimizers.soap import eigenbasis
+from emerging_optimizers.soap import decompositions, eigenbasis
 
 OUT = Path(__file__).parent / "results" / "refresh_cost.json"
 STEPS, KEPT = 301, (10, 20, 40, 80, 150, 300)
@@ -78,6 +78,7 @@ def gram_schmidt(products: Tensor, passes: int) -> Tensor:
 
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "Householder (LAPACK)": householder,
+    "Householder, panels of 96": lambda products: decompositions._householder_by_panels(products.clone()),
     "Cholesky QR twice (LAPACK)": cholesky_qr_twice,
     "Cholesky QR twice (products)": cholesky_qr_by_products,
     "panels, one pass": lambda products: gram_schmidt(products, 1),

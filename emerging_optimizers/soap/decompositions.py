@@ -16,9 +16,9 @@ from torch import Tensor
 from emerging_optimizers.soap import state
 from emerging_optimizers.soap.incidents import report
 
-#: On a CPU, matrices of at least so many rows are orthonormalised by panels of so many columns, in 0.6 of the time that
+#: On a CPU, matrices of at least so many rows are orthonormalised by panels of so many columns, in 0.8 of the time that
 #: LAPACK's QR takes (``benchmarks/refresh_cost.py``). Smaller ones are as fast without.
-PANELS_FROM = 384
+PANELS_FROM = 512
 PANEL = 96
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import emerging_optimizers
-from emerging_optimizers.soap import SOAP, incidents, state
+from emerging_optimizers.soap import SOAP, decompositions, incidents, state
 from emerging_optimizers.soap.decompositions import eigenvectors, orthonormal_columns
 from emerging_optimizers.soap.eigenbasis import refresh_bases
 from emerging_optimizers.soap.refresh import refresh_eigenbasis_and_moments
@@ -25,6 +25,7 @@ CALL_SITES = {
     ("soap/decompositions.py", "eigh"): (torch.linalg, eigenvectors, "eigh"),
     ("soap/decompositions.py", "geqrf"): (torch, orthonormal_columns, "qr"),
     ("soap/decompositions.py", "householder_product"): (torch.linalg, orthonormal_columns, "qr"),
+    ("soap/decompositions.py", "solve_triangular"): (torch.linalg, orthonormal_columns, "qr"),
 }
 #: torch.linalg's functions that accept any matrix.
 CANNOT_FAIL = {"vector_norm", "matrix_norm", "norm", "diagonal", "matmul", "multi_dot", "cross", "vecdot"}
@@ -88,14 +89,14 @@ class Fault:
         self.real, self.failure, self.fails = real, FAILURES[failure], fails
         self.calls = self.planted = 0
 
-    def __call__(self, *arguments: Tensor) -> object:
+    def __call__(self, *arguments: Tensor, **options: object) -> object:
         number, self.calls = self.calls, self.calls + 1
         if not self.fails(number):
-            return self.real(*arguments)
+            return self.real(*arguments, **options)
         self.planted += 1
         if callable(self.failure):
             raise self.failure()
-        result = self.real(*arguments)
+        result = self.real(*arguments, **options)
         if isinstance(result, Tensor):
             return result.fill_(self.failure)
         return type(result)([part.fill_(self.failure) for part in result])
@@ -107,6 +108,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     counter = type(incidents.incidents)()
     monkeypatch.setattr(incidents, "incidents", counter)
     return counter
+
+
+@pytest.fixture(autouse=True)
+def panels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of any size go by panels, where a test is about what only those need."""
+    if "site" in request.fixturenames and request.getfixturevalue("site")[1] == "solve_triangular":
+        monkeypatch.setattr(decompositions, "PANELS_FROM", 1)
 
 
 def random_factors(count: int, d: int, seed: int = 0) -> Tensor:
@@ -150,13 +158,13 @@ def test_a_failing_routine_is_retried_alone_in_float64_on_the_cpu_and_then_the_l
 
 @pytest.mark.parametrize("decompose", [eigenvectors, orthonormal_columns])
 def test_no_memory_for_a_retry_is_one_more_failure(decompose: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(*_: object) -> Tensor:
+    def no_memory(*_: object, **__: object) -> Tensor:
         raise torch.OutOfMemoryError("planted")
 
     matrices, last_good = random_factors(1, 4), torch.eye(4).expand(1, 4, 4)
     monkeypatch.setattr(torch.linalg, "eigh", no_memory)
     monkeypatch.setattr(torch, "geqrf", no_memory)
-    monkeypatch.setattr(Tensor, "double", no_memory)
+    monkeypatch.setattr(Tensor, "to", no_memory)
     result, kept = decompose(matrices, last_good)
     assert kept.tolist() == [True]
     assert torch.equal(result, last_good)
