@@ -47,6 +47,8 @@ bench: $(READY)  ## time steps beside the peers, refreshes, growth, several proc
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.concept
+	$(BIN)/python -m benchmarks.concept_plot
 
 races: $(READY)  ## race every task over three seeds, for the README's figures (25 minutes; leave the machine alone)
 	$(BIN)/python benchmarks/race.py

@@ -52,11 +52,11 @@ class SOAP(WeightDecayMixin, Optimizer):
         \begin{aligned}
         & K_1 \leftarrow \beta_s K_1 + (1-\beta_s)\, G G^\top, \quad
           K_2 \leftarrow \beta_s K_2 + (1-\beta_s)\, G^\top G \\
-        & \textbf{if } t \bmod f = 0: \quad Q_k \leftarrow \mathrm{qr}(K_k Q_k), \quad
+        & \text{if } t \bmod f = 0: \quad Q_k \leftarrow \mathrm{qr}(K_k Q_k), \quad
           M, V \text{ carried into the new bases} \\
         & G' \leftarrow Q_1^\top G\, Q_2 \\
         & M \leftarrow \beta_1 M + (1-\beta_1) G', \quad V \leftarrow \beta_2 V + (1-\beta_2)\, G' \odot G' \\
-        & W \leftarrow W - \eta\, Q_1 \big(\hat M / (\sqrt{\hat V} + \epsilon)\big) Q_2^\top
+        & W \leftarrow W - \eta\, Q_1 \left(\hat M / (\sqrt{\hat V} + \epsilon)\right) Q_2^\top
         \end{aligned}
 
     Tensors of any number of axes are preconditioned along each axis. A tensor with no preconditioned axis (0-D; 1-D
