@@ -122,7 +122,8 @@ def rayleigh_quotients(factor: Tensor, basis: Tensor) -> Tensor:
     Always in full float32: in TensorFloat-32 the small eigenvalues drown in the rounding of the large ones.
     """
     with fp32_matmul_precision("highest"):
-        return torch.linalg.vecdot(basis, torch.bmm(factor, basis), dim=-2)
+        quotients: Tensor = torch.linalg.vecdot(basis, torch.bmm(factor, basis), dim=-2)
+    return quotients
 
 
 def _decay_and_add_gram_(factor: Tensor, matrix: Tensor, beta: float, finite: Tensor | None) -> None:
