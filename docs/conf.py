@@ -7,6 +7,7 @@ from sphinx.application import Sphinx
 
 project = "emerging-optimizers"
 author = "the emerging-optimizers contributors"
+copyright = f"2026, {author}"
 release = version = installed_version(project)
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -43,7 +44,7 @@ def inline_math(writer: Any, node: Element) -> None:
 
 
 def block_math(writer: Any, node: Element) -> None:
-    writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    writer.body.append(f'<div class="formula">{tex2mathml(node.astext(), as_block=True)}</div>')
     raise SkipNode
 
 
