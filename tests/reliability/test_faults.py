@@ -246,9 +246,17 @@ def train_with_faults(
     return model, optimizer, losses, fault
 
 
-@pytest.mark.parametrize("mode", ["default", "kl", "eigh", "warm-up", "1-D", "merged", "kronecker", "3 power steps"])
 @pytest.mark.parametrize("failure", ["LinAlgError", "NaN"])
-@pytest.mark.parametrize("site", CALL_SITES, ids=lambda site: site[1])
+@pytest.mark.parametrize(
+    ("site", "mode"),
+    [
+        (site, mode)
+        for site in CALL_SITES
+        for mode in ["default", "kl", "eigh", "warm-up", "1-D", "merged", "kronecker", "3 power steps"]
+        if site[1] != "solve_triangular" or mode in ("default", "3 power steps")  # slow on small matrices
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[1],
+)
 def test_a_run_with_failures_in_half_of_the_calls_goes_on_and_recovers(
     site: tuple[str, str], failure: str, mode: str
 ) -> None:
