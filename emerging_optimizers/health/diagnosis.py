@@ -99,6 +99,15 @@ def diagnose(tensor: TensorHealth) -> Iterator[Finding]:
         )
         return
     usable_steps = tensor.step - tensor.skipped_steps
+    if tensor.skipped_steps >= SKIPPED_STEPS and tensor.skipped_steps > SKIPPED_SHARE * tensor.step:
+        yield Finding(
+            "skipped steps",
+            tensor.name,
+            f"{tensor.skipped_steps} of {tensor.step} gradients had NaN or Inf or overflowed, and were not used.",
+            "Lower the learning rate, clip gradients, or look for a log or a division near 0 in the loss; with float16 "
+            "use a GradScaler.",
+            tensor.skipped_steps / (SKIPPED_SHARE * tensor.step),
+        )
     if tensor.dead:
         if usable_steps >= YOUNG_STEPS:
             yield Finding(
@@ -127,15 +136,6 @@ def diagnose(tensor: TensorHealth) -> Iterator[Finding]:
             f"{tensor.failed_refreshes} times a decomposition failed in every way, and the last good basis stayed.",
             "Look for gradients many orders of magnitude apart and clip them; the log has the first error.",
             1.0 + tensor.failed_refreshes,
-        )
-    if tensor.skipped_steps >= SKIPPED_STEPS and tensor.skipped_steps > SKIPPED_SHARE * tensor.step:
-        yield Finding(
-            "skipped steps",
-            tensor.name,
-            f"{tensor.skipped_steps} of {tensor.step} gradients had NaN or Inf or overflowed, and were not used.",
-            "Lower the learning rate, clip gradients, or look for a log or a division near 0 in the loss; with float16 "
-            "use a GradScaler.",
-            tensor.skipped_steps / (SKIPPED_SHARE * tensor.step),
         )
     if usable_steps >= YOUNG_STEPS:
         yield from _diagnose_update(tensor)

@@ -91,10 +91,16 @@ def load_exactly(
 
     def check(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
         _check_structure(final)
-        groups = _groups_to_load(optimizer, final["param_groups"])
+        try:
+            groups = _groups_to_load(optimizer, final["param_groups"])
+        except ValueError as error:
+            raise _foreign(final, error) from error
         live = zip(groups, optimizer.param_groups, strict=True)
         places.update(place_parameters([{**options, "params": g["params"]} for options, g in live], grids, {}))
-        loaded.update(_states_to_load(optimizer, final, groups, places))
+        try:
+            loaded.update(_states_to_load(optimizer, final, groups, places))
+        except ValueError as error:
+            raise _foreign(final, error) from error
         return {**final, "param_groups": groups}
 
     def restore(_: Optimizer) -> None:
@@ -114,6 +120,16 @@ def load_exactly(
         for handle in handles:
             handle.remove()
     return places
+
+
+def _foreign(final: dict[str, Any], error: ValueError) -> ValueError:
+    """The error, with a better reason for it where another optimizer wrote the state."""
+    if any("shampoo_beta" in group for group in final["param_groups"]):
+        return error
+    return ValueError(
+        f"{error}. The state dict is not SOAP's (no group has a 'shampoo_beta'): load the model's weights alone, and "
+        "start SOAP anew"
+    )
 
 
 def _check_structure(final: dict[str, Any]) -> None:

@@ -42,6 +42,18 @@ _CHOICES = {
 }
 
 
+def check_params(params: object) -> None:
+    """Raises a TypeError for what has parameters and is none: torch's own words name neither it nor a way out."""
+    name = type(params).__name__
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"params is a module, {name}: give its parameters() or, with embeddings, head and vectors left to AdamW, "
+            "emerging_optimizers.routing.route_parameters(module).param_groups()"
+        )
+    if callable(getattr(params, "param_groups", None)):
+        raise TypeError(f"params is a {name}: give its param_groups()")
+
+
 def validate_options(options: dict[str, Any]) -> None:
     """Checks every option of one parameter group, in the order of the constructor's signature.
 

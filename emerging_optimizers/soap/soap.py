@@ -22,7 +22,7 @@ from emerging_optimizers.soap.functional import (
     update_kronecker_factors_kl_shampoo,
 )
 from emerging_optimizers.soap.layout import layout_for
-from emerging_optimizers.soap.options import name_of, validate_options
+from emerging_optimizers.soap.options import check_params, name_of, validate_options
 from emerging_optimizers.soap.ownership import place_parameters
 from emerging_optimizers.soap.placement import Grid, Grids, local_tensor, warn_if_flattened
 from emerging_optimizers.soap.rounds import Plan
@@ -217,6 +217,7 @@ class SOAP(WeightDecayMixin, Optimizer):
             "pack_factors": pack_factors,
             "state_dtype": state_dtype,
         }
+        check_params(params)
         validate_options(defaults)
         self._grids = Grids(process_group)
         super().__init__(params, defaults)

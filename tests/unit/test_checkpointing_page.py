@@ -124,7 +124,7 @@ def test_the_state_of_adamw_is_refused_or_loaded_as_the_page_says() -> None:
     for _ in range(3):
         model(torch.randn(8, 2, 4, 4)).square().mean().backward()
         adamw.step()
-    with pytest.raises(ValueError, match="missing 'refresh_step'"):
+    with pytest.raises(ValueError, match="missing 'refresh_step'. The state dict is not SOAP's .* weights alone"):
         trained(steps=0)[1].load_state_dict(adamw.state_dict())
     other, soap = trained(steps=0, max_precond_dim=0)
     other.load_state_dict(model.state_dict())

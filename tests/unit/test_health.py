@@ -297,6 +297,11 @@ def test_a_basis_that_was_corrupted_is_not_orthogonal(options: dict[str, Any]) -
     assert "earlier checkpoint" in health.findings[0].advice
 
 
+def test_gradients_that_were_never_finite_are_skipped_steps() -> None:
+    found = examine(trained(grads=lambda step, p, made: made * float("nan")))
+    assert {kind for kind, _ in kinds(found)} == {"skipped steps"}
+
+
 def test_a_gradient_that_was_always_zero_is_dead_once_it_had_time_to_live() -> None:
     def second_is_dead(step: int, p: Tensor, made: Tensor) -> Tensor:
         return made if p.dim() == 2 else 0 * made

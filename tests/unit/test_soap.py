@@ -3,6 +3,8 @@
 import copy
 import itertools
 import logging
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -548,3 +550,18 @@ def test_the_floor_is_reached_by_the_gradients_that_make_cauchy_schwarz_an_equal
         adam_direction(grad, exp_avg, exp_avg_sq, step=1, **options)
     floor = raise_to_floor(torch.zeros((), dtype=torch.float64), exp_avg, 8, (0.9, 0.95))
     torch.testing.assert_close(floor, exp_avg_sq)
+
+
+def test_a_module_or_a_routing_instead_of_parameters_is_told_what_to_give() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with pytest.raises(TypeError, match=r"params is a module, Sequential: give its parameters\(\) or"):
+        SOAP(model, lr=0.1)
+    with pytest.raises(TypeError, match=r"params is a Routing: give its param_groups\(\)"):
+        SOAP(route_parameters(model), lr=0.1)
+
+
+def test_the_top_level_has_the_optimizer_and_imports_no_torch_before_it_is_asked_for() -> None:
+    look = "import sys, emerging_optimizers as e; assert 'torch' not in sys.modules\nfrom emerging_optimizers import SOAP\n"
+    look += "from emerging_optimizers.soap import SOAP as same; assert SOAP is same; e.nothing"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("AttributeError: module 'emerging_optimizers' has no attribute 'nothing'\n")
