@@ -561,7 +561,8 @@ def test_a_module_or_a_routing_instead_of_parameters_is_told_what_to_give() -> N
 
 
 def test_the_top_level_has_the_optimizer_and_imports_no_torch_before_it_is_asked_for() -> None:
-    look = "import sys, emerging_optimizers as e; assert 'torch' not in sys.modules\nfrom emerging_optimizers import SOAP\n"
+    look = "import sys, emerging_optimizers as e; assert 'torch' not in sys.modules\n"
+    look += "from emerging_optimizers import SOAP\n"
     look += "from emerging_optimizers.soap import SOAP as same; assert SOAP is same; e.nothing"
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=False)
     assert done.stderr.endswith("AttributeError: module 'emerging_optimizers' has no attribute 'nothing'\n")
