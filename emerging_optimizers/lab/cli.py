@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: words after ``soap``; None takes the process's own.
+        arguments: words after ``soap``, none of them for the help; None takes the process's own.
 
     Returns:
         The exit code: 0, 2 for a mistake in the command, 130 or 143 after a stop by signal.
@@ -286,7 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
     for parameter in command.params:
         if isinstance(parameter, typer.core.TyperOption):
             parameter.help = COMPLETION_HELP.get(str(parameter.name), parameter.help)
-    given = sys.argv[1:] if arguments is None else arguments
+    given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = command(given, standalone_mode=False, prog_name="soap")
     except LabError as error:

@@ -154,7 +154,6 @@ def test_without_the_extra_one_line_says_how_to_get_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ([], "Missing command. See soap --help."),
         (["rase"], "No such command 'rase'. Did you mean 'race'? See soap --help."),
         (["--verson"], "No such option: --verson"),
     ],
@@ -166,6 +165,15 @@ def test_a_mistake_before_the_command_is_one_line(
     err = capsys.readouterr().err
     assert complaint in err
     assert err.count("\n") == 1
+
+
+def test_no_words_at_all_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    wanted = capsys.readouterr().out
+    assert main([]) == 0
+    out = capsys.readouterr()
+    assert out.out == wanted
+    assert out.err == ""
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
