@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from emerging_optimizers.plan.architectures import PRESET_CONFIGS, decoder, resnet50, vit_b
 from emerging_optimizers.plan.shapes import Model, model_of
+from emerging_optimizers.plan.user_modules import search_hint, spelling_hint
 
 PRESETS = (*PRESET_CONFIGS, "resnet50", "vit-b")
 SOURCES = "a preset, package.module:function, or a config.json, .safetensors, .safetensors.index.json, .pt or .bin file"
@@ -69,12 +70,15 @@ def load_model(source: str) -> Model:
 
 def _from_function(source: str) -> Model:
     module_name, _, function_name = source.partition(":")
+    if hint := spelling_hint(module_name, function_name):
+        raise ValueError(f"model {source!r}: {hint}")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
         make = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # whatever a user's module raises while it is imported
-        raise ValueError(f"model {source!r}: cannot be imported ({_reason(error)})") from error
+        where = search_hint(module_name, error)
+        raise ValueError(f"model {source!r}: cannot be imported ({_reason(error)}){where}") from error
     try:
         with torch.device("meta"):
             model = make()

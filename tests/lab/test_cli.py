@@ -78,6 +78,8 @@ def test_the_default_task_runs(folder: Path, capsys: pytest.CaptureFixture[str])
         (["--task"], "Option '--task' requires an argument. See soap race --help."),
         (["--task", ""], "unknown task ''"),
         (["--task", "nowhere:Task"], "importing 'nowhere' failed (ModuleNotFoundError"),
+        (["--task", "nowhere:Task"], "on Python's path; start in its folder)"),
+        (["--task", "pkg/mod.py:Task"], "task 'pkg/mod.py:Task': write pkg.mod:Task"),
         (["--task", "tiny_tasks:Missing"], "module 'tiny_tasks' has no class 'Missing'"),
         (["--optimizers", ""], "--optimizers: unknown optimizer ''"),
         (["--seeds", ""], "--seeds : expected different whole numbers"),
