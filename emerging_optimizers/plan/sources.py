@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import json
 import re
 import struct
@@ -83,10 +84,22 @@ def _from_function(source: str) -> Model:
         with torch.device("meta"):
             model = make()
     except Exception as error:
-        raise ValueError(f"model {source!r}: {function_name}() failed on the meta device ({_reason(error)})") from error
+        hint = "; the function must take no arguments: wrap it" if _needs_arguments(make) else ""
+        reason = f"{function_name}() failed on the meta device ({_reason(error)}){hint}"
+        raise ValueError(f"model {source!r}: {reason}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {source!r}: {function_name}() must return an nn.Module, got {type(model).__name__}")
     return model_of(model, name=source)
+
+
+def _needs_arguments(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return callable(function)
+    except ValueError:  # a built-in one without a signature
+        return False
+    return False
 
 
 def _reason(error: Exception) -> str:
