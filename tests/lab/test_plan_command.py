@@ -60,11 +60,11 @@ def test_a_budget_is_answered_with_options_and_reasons(capsys: pytest.CaptureFix
     assert "Or by 2 ranks" in out
     assert main(["plan", "gpt2", "--memory", "100GB", "--overhead", "50%", "--tokens", "1000000"]) == 0
     assert "The budget is met as it is: state on the fullest rank 3.6 GB of 100 GB" in capsys.readouterr().out
-    assert main(["plan", "gpt2", "--memory", "100MB"]) == 0
+    assert main(["plan", "gpt2", "--memory", "100MB"]) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "No options meet the budget. The nearest: state on the fullest rank" in out
     assert "too much" in out
-    assert main(["plan", "gpt2", "--memory", "100MB", "--json"]) == 0
+    assert main(["plan", "gpt2", "--memory", "100MB", "--json"]) == 1
     budget = json.loads(capsys.readouterr().out)["budget"]
     assert budget["met"] is False
     assert budget["uses"]["memory"]["used"] > budget["uses"]["memory"]["limit"] == 100_000_000
