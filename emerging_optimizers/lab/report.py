@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from emerging_optimizers.lab import plots
-from emerging_optimizers.lab.checkpoint import write_atomically
+from emerging_optimizers.lab.checkpoint import RESULTS, write_atomically
 from emerging_optimizers.lab.folders import claim_folder
 from emerging_optimizers.lab.machine import machine, versions
 from emerging_optimizers.lab.printable import printable
@@ -24,7 +24,6 @@ from emerging_optimizers.lab.verdict import verdict
 from emerging_optimizers.routing import route_parameters
 
 FORMAT = "soap-race/1"
-RESULTS = "results.json"
 UNSCORED = "No result yet: the race was stopped before every run had its first score."
 
 

@@ -100,6 +100,7 @@ def test_the_default_task_runs(folder: Path, capsys: pytest.CaptureFixture[str])
         (["--text", "short.txt"], "5 characters are too few"),
         (["--task", "tiny_tasks:Tiny", "--out", "foreign"], "--out foreign: the folder is not empty and not a race's"),
         (["--task", "tiny_tasks:Tiny", "--out", "short.txt"], "--out short.txt: cannot be made"),
+        (["--resume", "early"], "--resume early: it was stopped before its first checkpoint, which comes after a minute"),
         (["--resume", "foreign"], "--resume foreign: nothing to resume there"),
         (["--resume", "foreign", "--steps", "3"], "leave out --steps"),
         (["extra"], "extra"),
@@ -110,6 +111,8 @@ def test_a_mistake_is_one_line_that_says_what_to_do(
 ) -> None:
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.tex").write_text("precious")
+    (folder / "early").mkdir()
+    (folder / "early" / "results.json").write_text('{"finished": false}')
     (folder / "short.txt").write_text("short")
     (folder / "bytes").write_bytes(b"\xff\xfe")
     assert main(["race", *words]) == 2
