@@ -235,6 +235,8 @@ def _play(race: Race, folder: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a pipe has no width of its own
+    if (note := report.note(race)) is not None:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     display.print_routing(race, console)
     with StopRequest() as stop:
         saved = monotonic()

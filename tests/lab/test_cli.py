@@ -53,6 +53,22 @@ def test_a_short_race_leaves_results_picture_and_page(folder: Path, capsys: pyte
     assert [r["train_loss"] for r in again["runs"]] == [r["train_loss"] for r in found["runs"]]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--steps", "2"], True), (["--steps", "2", "--lr", "soap=0.1"], False), (["--steps", "300"], False)],
+)
+def test_tuned_rates_at_other_steps_are_remarked_upon(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], said: bool
+) -> None:
+    if "300" in words:  # the set-up is enough
+        monkeypatch.setattr(Race, "play", lambda race: iter(()))
+    assert main(["race", "--task", "digits", "--optimizers", "soap", "--threads", "1", "--out", "here", *words]) == 0
+    note = "The learning rates are tuned for 300 steps; at 2 the order may differ."
+    assert (note in capsys.readouterr().out) is said
+    assert (note in (folder / "here" / "report.html").read_text()) is said
+    assert results(folder / "here")["note"] == (note if said else None)
+
+
 def test_the_default_task_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["race", "--steps", "2", "--optimizers", "soap,adamw", "--threads", "1", "--out", "here"]
     assert main(words) == 0
