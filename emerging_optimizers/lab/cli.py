@@ -282,8 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: words after ``soap``, none of them for the help; None takes the process's own.
 
     Returns:
-        The exit code: 0, 1 for a budget that no options meet, 2 for a mistake in the command, 130 or 143 after a stop by
-        signal.
+        The exit code: 0, 1 for a budget that no options meet, 2 for a mistake in the command, 130 or 143 after a stop
+        by signal.
     """
     command = typer.main.get_command(app)
     for parameter in command.params:
