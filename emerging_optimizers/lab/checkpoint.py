@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import zipfile
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from emerging_optimizers.lab.errors import LabError
 
 CHECKPOINT = "checkpoint.pt"
+RESULTS = "results.json"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -61,6 +63,14 @@ def discard(folder: Path) -> None:
     _temporary(folder / CHECKPOINT).unlink(missing_ok=True)
 
 
+def _unfinished(file: Path) -> bool:
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(results, dict) and results.get("finished") is False
+
+
 def load(folder: Path) -> dict[str, Any]:
     """Load what `save` wrote. Nothing in the file is executed (``weights_only=True``).
 
@@ -68,6 +78,9 @@ def load(folder: Path) -> dict[str, Any]:
         LabError: there is no checkpoint, or it cannot be read, or a byte of it is not what was written.
     """
     path = folder / CHECKPOINT
+    if not path.exists() and _unfinished(folder / RESULTS):
+        reason = "it was stopped before its first checkpoint, which comes after a minute: start it again"
+        raise LabError(f"--resume {folder}: {reason}")
     if not path.exists():
         raise LabError(f"--resume {folder}: nothing to resume there (no {CHECKPOINT}; a finished race leaves none)")
     try:

@@ -235,6 +235,8 @@ def _play(race: Race, folder: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a pipe has no width of its own
+    if (note := report.note(race)) is not None:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     display.print_routing(race, console)
     with StopRequest() as stop:
         saved = monotonic()
@@ -277,16 +279,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: words after ``soap``; None takes the process's own.
+        arguments: words after ``soap``, none of them for the help; None takes the process's own.
 
     Returns:
-        The exit code: 0, 2 for a mistake in the command, 130 or 143 after a stop by signal.
+        The exit code: 0, 1 for a budget that no options meet, 2 for a mistake in the command, 130 or 143 after a stop
+        by signal.
     """
     command = typer.main.get_command(app)
     for parameter in command.params:
         if isinstance(parameter, typer.core.TyperOption):
             parameter.help = COMPLETION_HELP.get(str(parameter.name), parameter.help)
-    given = sys.argv[1:] if arguments is None else arguments
+    given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = command(given, standalone_mode=False, prog_name="soap")
     except LabError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -65,11 +66,16 @@ def _load(path: Path) -> Any:
             # Mapped, not read: a matrix at a time is looked at.
             return torch.load(path, weights_only=True, map_location="cpu", mmap=zipped)
     except OSError as error:
-        raise LabError(f"{path}: {error.strerror or error}") from error
+        hint = "; name a file in it" if path.is_dir() else ""
+        raise LabError(f"{path}: {error.strerror or error}{hint}") from error
     except LabError:
         raise
     except Exception as error:  # zip, pickle and storage errors share no base class
-        hint = "; it has DTensors: save the full state" if "DTensor" in str(error) else ""
+        hint = ""
+        if "DTensor" in str(error):
+            hint = "; it has DTensors: save the full state"
+        elif found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            hint = f"; it has a {found[1]}: save optimizer.state_dict(), not the object"
         raise LabError(f"{path}: not a checkpoint that torch.load(weights_only=True) reads{hint}") from error
 
 

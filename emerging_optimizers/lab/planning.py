@@ -138,6 +138,8 @@ def plan(
         plan_report.print_json(planned, fit, prediction)
     else:
         plan_report.print_plan(planned, fit, prediction, every, picture)
+    if fit is not None and not fit.met:
+        raise typer.Exit(1)
 
 
 def read_budget(memory: str | None, with_weights: bool, overhead: str | None, tokens: int | None) -> Budget | None:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from emerging_optimizers.lab import plots
-from emerging_optimizers.lab.checkpoint import write_atomically
+from emerging_optimizers.lab.checkpoint import RESULTS, write_atomically
 from emerging_optimizers.lab.folders import claim_folder
 from emerging_optimizers.lab.machine import machine, versions
+from emerging_optimizers.lab.optimizers import is_tuned, tuned_rate
 from emerging_optimizers.lab.printable import printable
 from emerging_optimizers.lab.race import Race, Record
 from emerging_optimizers.lab.results import COLUMNS, LABELS, Line, cells, comparable, score, summarise
@@ -24,7 +25,6 @@ from emerging_optimizers.lab.verdict import verdict
 from emerging_optimizers.routing import route_parameters
 
 FORMAT = "soap-race/1"
-RESULTS = "results.json"
 UNSCORED = "No result yet: the race was stopped before every run had its first score."
 
 
@@ -52,6 +52,15 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     write_atomically(folder / RESULTS, lambda f: f.write(text.encode()))
 
 
+def note(race: Race) -> str | None:
+    """Say that tuned learning rates are used at another number of steps, where they are."""
+    task, usual = race.options.task, race.settings.steps
+    rates = race.options.learning_rates.items()
+    if race.steps == usual or not is_tuned(task) or not any(tuned_rate(task, name) in given for name, given in rates):
+        return None
+    return f"The learning rates are tuned for {usual} steps; at {race.steps} the order may differ."
+
+
 def collect(race: Race) -> dict[str, Any]:
     """Collect everything that ``results.json`` holds: plain values, finite numbers only."""
     records = comparable([run.record for run in race.runs])
@@ -63,6 +72,7 @@ def collect(race: Race) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "finished": race.finished,
         "verdict": verdict(lines, race.settings.metric, race.finished) if scored else UNSCORED,
+        "note": note(race),
         "task": race.settings._asdict() | {"steps": race.steps},
         "options": race.options.public(),
         "versions": versions(),
@@ -122,13 +132,14 @@ def render(results: dict[str, Any], lines: Sequence[Line], records: Sequence[Rec
         for r in results["routing"]
     ]
     seeds = ", ".join(map(str, results["options"]["seeds"]))
+    remark = f'\n<p class="note">{escape(results["note"])}</p>' if results["note"] else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(_title(results))}</title><style>{STYLE}</style></head><body>
 <h1>{escape(_title(results))}</h1>
 <p class="verdict">{escape(results["verdict"])}</p>
 <p class="note">Same start weights and same batches for every optimizer; seed {escape(seeds)};
-{results["task"]["steps"]} steps per run; scores: {escape(metric)}, lower is better.</p>
+{results["task"]["steps"]} steps per run; scores: {escape(metric)}, lower is better.</p>{remark}
 {table(COLUMNS, map(cells, lines), "stack")}
 <p class="note">Brackets: as a fraction of what AdamW took to its own best. Training time is forward, backward and
 optimizer, without validation. With several seeds, medians.</p>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import json
 import re
 import struct
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from emerging_optimizers.plan.architectures import PRESET_CONFIGS, decoder, resnet50, vit_b
 from emerging_optimizers.plan.shapes import Model, model_of
+from emerging_optimizers.plan.user_modules import search_hint, spelling_hint
 
 PRESETS = (*PRESET_CONFIGS, "resnet50", "vit-b")
 SOURCES = "a preset, package.module:function, or a config.json, .safetensors, .safetensors.index.json, .pt or .bin file"
@@ -69,20 +71,35 @@ def load_model(source: str) -> Model:
 
 def _from_function(source: str) -> Model:
     module_name, _, function_name = source.partition(":")
+    if hint := spelling_hint(module_name, function_name):
+        raise ValueError(f"model {source!r}: {hint}")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
         make = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # whatever a user's module raises while it is imported
-        raise ValueError(f"model {source!r}: cannot be imported ({_reason(error)})") from error
+        where = search_hint(module_name, error)
+        raise ValueError(f"model {source!r}: cannot be imported ({_reason(error)}){where}") from error
     try:
         with torch.device("meta"):
             model = make()
     except Exception as error:
-        raise ValueError(f"model {source!r}: {function_name}() failed on the meta device ({_reason(error)})") from error
+        hint = "; the function must take no arguments: wrap it" if _needs_arguments(make) else ""
+        reason = f"{function_name}() failed on the meta device ({_reason(error)}){hint}"
+        raise ValueError(f"model {source!r}: {reason}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {source!r}: {function_name}() must return an nn.Module, got {type(model).__name__}")
     return model_of(model, name=source)
+
+
+def _needs_arguments(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return callable(function)
+    except ValueError:  # a built-in one without a signature
+        return False
+    return False
 
 
 def _reason(error: Exception) -> str:

@@ -53,6 +53,22 @@ def test_a_short_race_leaves_results_picture_and_page(folder: Path, capsys: pyte
     assert [r["train_loss"] for r in again["runs"]] == [r["train_loss"] for r in found["runs"]]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--steps", "2"], True), (["--steps", "2", "--lr", "soap=0.1"], False), (["--steps", "300"], False)],
+)
+def test_tuned_rates_at_other_steps_are_remarked_upon(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], said: bool
+) -> None:
+    if "300" in words:  # the set-up is enough
+        monkeypatch.setattr(Race, "play", lambda race: iter(()))
+    assert main(["race", "--task", "digits", "--optimizers", "soap", "--threads", "1", "--out", "here", *words]) == 0
+    note = "The learning rates are tuned for 300 steps; at 2 the order may differ."
+    assert (note in capsys.readouterr().out) is said
+    assert (note in (folder / "here" / "report.html").read_text()) is said
+    assert results(folder / "here")["note"] == (note if said else None)
+
+
 def test_the_default_task_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["race", "--steps", "2", "--optimizers", "soap,adamw", "--threads", "1", "--out", "here"]
     assert main(words) == 0
@@ -78,6 +94,8 @@ def test_the_default_task_runs(folder: Path, capsys: pytest.CaptureFixture[str])
         (["--task"], "Option '--task' requires an argument. See soap race --help."),
         (["--task", ""], "unknown task ''"),
         (["--task", "nowhere:Task"], "importing 'nowhere' failed (ModuleNotFoundError"),
+        (["--task", "nowhere:Task"], "on Python's path; start in its folder)"),
+        (["--task", "pkg/mod.py:Task"], "task 'pkg/mod.py:Task': write pkg.mod:Task"),
         (["--task", "tiny_tasks:Missing"], "module 'tiny_tasks' has no class 'Missing'"),
         (["--optimizers", ""], "--optimizers: unknown optimizer ''"),
         (["--seeds", ""], "--seeds : expected different whole numbers"),
@@ -98,6 +116,7 @@ def test_the_default_task_runs(folder: Path, capsys: pytest.CaptureFixture[str])
         (["--text", "short.txt"], "5 characters are too few"),
         (["--task", "tiny_tasks:Tiny", "--out", "foreign"], "--out foreign: the folder is not empty and not a race's"),
         (["--task", "tiny_tasks:Tiny", "--out", "short.txt"], "--out short.txt: cannot be made"),
+        (["--resume", "early"], "early: it was stopped before its first checkpoint, which comes after"),
         (["--resume", "foreign"], "--resume foreign: nothing to resume there"),
         (["--resume", "foreign", "--steps", "3"], "leave out --steps"),
         (["extra"], "extra"),
@@ -108,6 +127,8 @@ def test_a_mistake_is_one_line_that_says_what_to_do(
 ) -> None:
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.tex").write_text("precious")
+    (folder / "early").mkdir()
+    (folder / "early" / "results.json").write_text('{"finished": false}')
     (folder / "short.txt").write_text("short")
     (folder / "bytes").write_bytes(b"\xff\xfe")
     assert main(["race", *words]) == 2
@@ -154,7 +175,6 @@ def test_without_the_extra_one_line_says_how_to_get_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ([], "Missing command. See soap --help."),
         (["rase"], "No such command 'rase'. Did you mean 'race'? See soap --help."),
         (["--verson"], "No such option: --verson"),
     ],
@@ -166,6 +186,15 @@ def test_a_mistake_before_the_command_is_one_line(
     err = capsys.readouterr().err
     assert complaint in err
     assert err.count("\n") == 1
+
+
+def test_no_words_at_all_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    wanted = capsys.readouterr().out
+    assert main([]) == 0
+    out = capsys.readouterr()
+    assert out.out == wanted
+    assert out.err == ""
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,7 +160,8 @@ def test_an_optimizer_without_a_step_is_said_to_be_one(folder: Path, capsys: pyt
         (["text.pt"], "text.pt: not a checkpoint that torch.load(weights_only=True) reads"),
         (["pickle.pt"], "pickle.pt: not a checkpoint that torch.load(weights_only=True) reads"),
         (["newer.pickle"], "newer.pickle: not a checkpoint that torch.load(weights_only=True) reads"),
-        (["foreign"], "foreign: Is a directory"),
+        (["foreign"], "foreign: Is a directory; name a file in it"),
+        (["whole.pt"], "it has a torch.nn.modules.container.Sequential: save optimizer.state_dict(), not the object"),
         (["empty.pt"], "empty.pt: not a checkpoint"),
         (["half.pt"], "half.pt: not a checkpoint"),
         (["good.pt", "--out", "good.pt/in"], "--out good.pt/in: cannot be made (Not a directory)"),
@@ -190,6 +191,7 @@ def test_a_mistake_is_one_line(
     content[len(content) // 2] ^= 1
     (folder / "damaged.pt").write_bytes(content)
     torch.save(model.state_dict(), "model.pt")
+    torch.save(model, "whole.pt")
     torch.save(torch.ones(2), "tensor.pt")
     torch.save({"optimizer": torch.optim.AdamW(model.parameters()).state_dict()}, "adamw.pt")
     damaged = optimizer.state_dict()

@@ -60,11 +60,11 @@ def test_a_budget_is_answered_with_options_and_reasons(capsys: pytest.CaptureFix
     assert "Or by 2 ranks" in out
     assert main(["plan", "gpt2", "--memory", "100GB", "--overhead", "50%", "--tokens", "1000000"]) == 0
     assert "The budget is met as it is: state on the fullest rank 3.6 GB of 100 GB" in capsys.readouterr().out
-    assert main(["plan", "gpt2", "--memory", "100MB"]) == 0
+    assert main(["plan", "gpt2", "--memory", "100MB"]) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "No options meet the budget. The nearest: state on the fullest rank" in out
     assert "too much" in out
-    assert main(["plan", "gpt2", "--memory", "100MB", "--json"]) == 0
+    assert main(["plan", "gpt2", "--memory", "100MB", "--json"]) == 1
     budget = json.loads(capsys.readouterr().out)["budget"]
     assert budget["met"] is False
     assert budget["uses"]["memory"]["used"] > budget["uses"]["memory"]["limit"] == 100_000_000
@@ -103,7 +103,10 @@ def test_calibrated_milliseconds_are_shown(capsys: pytest.CaptureFixture[str], m
         (["gpt2", "llama-3-8b"], "Got unexpected extra argument(s) (llama-3-8b). See soap plan --help."),
         (["bad.json"], "model_type must be one of gpt2, llama, mistral, qwen2, got 'bert'"),
         (["tiny_tasks:Nothing"], "cannot be imported"),
-        (["tiny_tasks:Tiny"], "failed on the meta device"),
+        (["tiny_tasks.py:make"], "model 'tiny_tasks.py:make': write tiny_tasks:make"),
+        (["./models/vit:make"], "write models.vit:make"),
+        (["/models/vit.py:make"], "start in /models and write vit:make"),
+        (["tiny_tasks:Tiny"], "positional argument: 'seed'); the function must take no arguments: wrap it"),
         ([], "Missing argument 'MODEL'. See soap plan --help."),
         (["gpt2", "--memory", "0GB"], "expected a size with its unit"),
         (["gpt2", "--memory", 400 * "9" + "GB"], "expected a size with its unit"),
@@ -137,6 +140,14 @@ def test_a_mistake_is_one_line_that_says_what_to_do(
     assert complaint in err
     assert err.count("\n") == 1
     assert err.startswith("soap: ")
+
+
+def test_a_module_that_is_not_found_says_where_was_looked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "needs_other.py").write_text("import nowhere_else")
+    assert main(["plan", "nowhere.model:make"]) == 2
+    assert f"(looked in {folder} and on Python's path; start in its folder)" in capsys.readouterr().err
+    assert main(["plan", "needs_other:make"]) == 2
+    assert "looked in" not in capsys.readouterr().err
 
 
 def test_help_fits_80_columns_and_does_not_wait_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:

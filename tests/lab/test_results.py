@@ -133,6 +133,7 @@ def test_the_report_escapes_every_string_from_outside(record: Make) -> None:
     results = {
         "finished": True,
         "verdict": evil,
+        "note": evil,
         "task": {"name": evil, "metric": evil, "steps": 10},
         "options": {"task": evil, "text": evil, "seeds": (0,), "learning_rates": {evil: (0.1,)}},
         "machine": {"cpu": evil},

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from emerging_optimizers.lab.errors import LabError
 from emerging_optimizers.lab.tasks.protocol import METHODS, Settings, Task, settings_of, step_generator
+from emerging_optimizers.plan.user_modules import search_hint, spelling_hint
 
 __all__ = ["BUILT_IN", "Settings", "Task", "make_task", "settings_of", "step_generator", "task_class"]
 
@@ -39,13 +40,16 @@ def task_class(name: str) -> Callable[..., Task]:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise LabError(f"unknown task {name!r}: {hint}choose {', '.join(BUILT_IN)} or package.module:TaskClass")
     module_name, _, attribute = BUILT_IN.get(name, name).partition(":")
+    if hint := spelling_hint(module_name, attribute):
+        raise LabError(f"task {name!r}: {hint}")
     if name not in BUILT_IN and (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever a user's module raises while it is imported
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise LabError(f"task {name!r}: importing {module_name!r} failed ({reason})") from error
+        where = search_hint(module_name, error)
+        raise LabError(f"task {name!r}: importing {module_name!r} failed ({reason}){where}") from error
     found = getattr(module, attribute, None)
     if not isinstance(found, type):
         raise LabError(f"task {name!r}: module {module_name!r} has no class {attribute!r}")
