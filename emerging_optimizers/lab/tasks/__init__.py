@@ -40,8 +40,8 @@ def task_class(name: str) -> Callable[..., Task]:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise LabError(f"unknown task {name!r}: {hint}choose {', '.join(BUILT_IN)} or package.module:TaskClass")
     module_name, _, attribute = BUILT_IN.get(name, name).partition(":")
-    if hint := spelling_hint(module_name, attribute):
-        raise LabError(f"task {name!r}: {hint}")
+    if spelling := spelling_hint(module_name, attribute):
+        raise LabError(f"task {name!r}: {spelling}")
     if name not in BUILT_IN and (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
