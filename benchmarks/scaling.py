@@ -29,18 +29,15 @@ import torch
 
 from benchmarks.cost_model import (
     KINDS,
-    MACHINES,
     Division,
-    Machine,
     Options,
-    busy_seconds,
     divide,
     mesh_of,
-    predict,
     stagger,
     state_bytes,
     traffic,
 )
+from benchmarks.machines import MACHINES, Machine, busy_seconds, predict
 from benchmarks.parameter_sets import Weight, gpt_model
 from benchmarks.scaling_predictions import balances, predictions, sensitivity, sizes
 from benchmarks.scaling_report import draw_balance, draw_scale, fill

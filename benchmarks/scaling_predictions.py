@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from benchmarks.cost_model import (
-    MACHINES,
     Division,
     Options,
     balance,
@@ -14,11 +13,11 @@ from benchmarks.cost_model import (
     factor_bytes,
     flops,
     mesh_of,
-    predict,
     stagger,
     state_bytes,
     traffic,
 )
+from benchmarks.machines import MACHINES, predict
 from benchmarks.parameter_sets import MODELS
 
 #: Models, placements and processes of a row for which many GPUs are predicted.

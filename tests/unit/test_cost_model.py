@@ -7,17 +7,14 @@ import torch
 from torch import nn
 
 from benchmarks.cost_model import (
-    MACHINES,
     Mesh,
     Options,
     balance,
-    busy_seconds,
     divide,
     factor_bytes,
     flops,
     mesh_of,
     piece_sizes,
-    predict,
     refresh_work,
     slowest,
     stagger,
@@ -25,6 +22,7 @@ from benchmarks.cost_model import (
     step_work,
     traffic,
 )
+from benchmarks.machines import MACHINES, busy_seconds, predict
 from benchmarks.parameter_sets import MODELS, Weight, gpt_model
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.costs import refresh_flops, step_flops
