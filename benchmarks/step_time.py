@@ -207,7 +207,7 @@ def matmul_rate(device: str, size: int | None = None) -> float:
     size = size or (1024 if device == "cpu" else 4096)
     a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     times = []
-    with fp32_matmul_precision("high"):
+    with fp32_matmul_precision("high", a.unsqueeze(0)):
         for _ in range(max(8, 2**28 // size**3)):
             begin = time.perf_counter()
             torch.mm(a, b)

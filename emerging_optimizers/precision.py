@@ -1,12 +1,15 @@
-"""The precision of float32 matrix products, as a context that always restores what it found."""
+"""The precision of float32 matrix products, and who computes them, as a context that always restores what it found."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from threading import RLock
+from typing import Any
 
 import torch
+from torch import Tensor
 
 #: What the names of ``torch.set_float32_matmul_precision`` mean to each backend: (CUDA, oneDNN on the CPU).
 MATMUL_PRECISIONS: dict[str, tuple[str, str]] = {
@@ -15,11 +18,18 @@ MATMUL_PRECISIONS: dict[str, tuple[str, str]] = {
     "medium": ("tf32", "bf16"),
 }
 
+#: Matrix units, as ``torch.cpu.get_capabilities`` names them.
+AMX = ("amx_tile", "amx_bf16", "amx_fp16", "amx_int8")
+
+#: On AMD CPUs, products with a dimension of at least this go to oneDNN, which takes 0.75 to 0.95 of MKL's time for them
+#: (``benchmarks/matmul_rates.py``). Smaller ones are as fast in MKL.
+ONEDNN_FROM = 768
+
 _lock = RLock()
 
 
 @contextmanager
-def fp32_matmul_precision(precision: str) -> Iterator[None]:
+def fp32_matmul_precision(precision: str, operand: Tensor | None = None) -> Iterator[None]:
     """Runs the enclosed float32 matrix products at ``precision``.
 
     The setting belongs to the process, not to the thread, so only one thread at a time is inside: two would take
@@ -30,6 +40,9 @@ def fp32_matmul_precision(precision: str) -> Iterator[None]:
     Args:
         precision: "highest" (IEEE float32), "high" (TensorFloat-32 where the device has it) or "medium"
             (bfloat16 products on CPUs that have them).
+        operand: A stack of matrices like those that will be multiplied. If it is on an AMD CPU and large enough, oneDNN
+            computes the products instead of MKL, in the same precision. ``torch.backends.mkldnn.flags(enabled=False)``
+            around the step forbids it.
 
     Raises:
         ValueError: ``precision`` is none of these.
@@ -41,8 +54,10 @@ def fp32_matmul_precision(precision: str) -> Iterator[None]:
     if precision not in MATMUL_PRECISIONS:
         raise ValueError(f"Invalid matmul precision: {precision!r} (wanted one of {sorted(MATMUL_PRECISIONS)})")
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    wanted = MATMUL_PRECISIONS[precision]
     with _lock:
+        wanted = MATMUL_PRECISIONS[precision]
+        if operand is not None and operand.device.type == "cpu" and max(operand.shape[1:], default=0) >= ONEDNN_FROM:
+            wanted = (wanted[0], "bf16" if _onednn_is_faster_and_exact() else wanted[1])
         before = tuple(backend.fp32_precision for backend in backends)
         if before == wanted:
             yield
@@ -57,3 +72,38 @@ def fp32_matmul_precision(precision: str) -> Iterator[None]:
                 backend.fp32_precision = "none"
                 if backend.fp32_precision != value:
                     backend.fp32_precision = value
+
+
+def matrix_product(left: Tensor, right: Tensor) -> Tensor:
+    """``torch.bmm`` of (B, m, k) and (B, k, n), in the form that is fastest for one matrix.
+
+    For stacks, even of one, oneDNN copies what is not contiguous.
+    """
+    if len(left) == 1:
+        return torch.mm(left[0], right[0]).unsqueeze(0)
+    return torch.bmm(left, right)
+
+
+def add_matrix_product_(target: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
+    """``target <- beta target + alpha left right``, in place: ``baddbmm_``, as :func:`matrix_product` is ``bmm``."""
+    if len(target) == 1:
+        target[0].addmm_(left[0], right[0], beta=beta, alpha=alpha)
+    else:
+        target.baddbmm_(left, right, beta=beta, alpha=alpha)
+
+
+@lru_cache(maxsize=1)
+def _onednn_is_faster_and_exact() -> bool:
+    """Whether torch's switch for bfloat16 products on the CPU only changes who computes them, and to the better.
+
+    With the switch torch leaves float32 products to oneDNN, which on CPUs without matrix units (AMX) has nothing to
+    gain from bfloat16 and computes in float32. That is tried, on products with digits that bfloat16 does not have.
+    """
+    facts: dict[str, Any] = dict(getattr(torch.cpu, "get_capabilities", dict)())
+    if not str(facts.get("cpu_name", "")).startswith("AMD") or any(facts.get(unit) for unit in AMX):
+        return False
+    digits = torch.arange(1024 * 1024, dtype=torch.float64, device="cpu").remainder(2**11).view(1024, 1024)
+    left, right = 1 + digits * 2**-11, torch.eye(1024, dtype=torch.float64, device="cpu") * (1 + 2**-11)
+    with fp32_matmul_precision("medium"):
+        several = [left[:rows].float() @ right.float() for rows in (128, 1024)]
+    return all(torch.equal(one.double(), left[: len(one)] * (1 + 2**-11)) for one in several)

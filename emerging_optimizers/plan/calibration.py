@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from emerging_optimizers.plan.planning import Plan, Row
+from emerging_optimizers.precision import fp32_matmul_precision
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.decompositions import orthonormal_columns
 
@@ -81,7 +82,8 @@ def calibrate(seconds: float = 10.0, device: str | torch.device = "cpu") -> Rate
         count = max(1, STACK_ELEMENTS // size**2)
         stack = torch.randn(count, size, size, generator=generator).to(where)
         out = torch.empty_like(stack)
-        taken = _time(lambda a=stack, b=out: torch.matmul(a, a, out=b), slot, where)  # type: ignore[misc]
+        with fp32_matmul_precision("high", stack):
+            taken = _time(lambda a=stack, b=out: torch.matmul(a, a, out=b), slot, where)  # type: ignore[misc]
         matmul[size] = 2 * size**3 * count / taken
         taken = _time(lambda a=stack: orthonormal_columns(a, a), slot, where)  # type: ignore[misc]
         qr[size] = 4 * size**3 * count / taken

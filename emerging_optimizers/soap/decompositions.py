@@ -13,13 +13,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from emerging_optimizers.precision import add_matrix_product_, fp32_matmul_precision, matrix_product
 from emerging_optimizers.soap import state
 from emerging_optimizers.soap.incidents import report
 
 #: On a CPU, matrices of at least so many rows are orthonormalised by panels of so many columns, in 0.8 of the time that
 #: LAPACK's QR takes (``benchmarks/refresh_cost.py``). Smaller ones are as fast without.
 PANELS_FROM = 512
-PANEL = 96
+PANEL, WIDE_PANEL = 96, 128
+WIDE_FROM = 1024
 
 
 def eigenvectors(matrices: Tensor, last_good: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +62,8 @@ def _eigh(matrices: Tensor) -> Tensor:
 
 def _householder(matrices: Tensor) -> Tensor:
     if matrices.device.type == "cpu" and matrices.shape[-1] >= PANELS_FROM:
-        return _householder_by_panels(matrices)
+        with fp32_matmul_precision("highest", matrices):
+            return _householder_by_panels(matrices)
     # torch.linalg.qr would also spend time on R.
     orthonormal: Tensor = torch.linalg.householder_product(*torch.geqrf(matrices))
     return orthonormal
@@ -74,22 +77,24 @@ def _householder_by_panels(rest: Tensor) -> Tensor:
     ``tau = 0``. LAPACK works the same way, in narrower panels. ``rest`` is overwritten.
     """
     size = rest.shape[-1]
+    width = WIDE_PANEL if size >= WIDE_FROM else PANEL
     reflections: list[tuple[int, Tensor, Tensor]] = []
-    for start in range(0, size, PANEL):
-        stop = min(start + PANEL, size)
+    for start in range(0, size, width):
+        stop = min(start + width, size)
         packed, tau = torch.geqrf(rest[:, start:, start:stop])
         v = packed.tril_(-1)
         v.diagonal(dim1=-2, dim2=-1).fill_(1)
-        system = torch.bmm(v.mT, v).triu_(1).mul_(tau.unsqueeze(-1))  # solved as if its diagonal were 1
+        system = matrix_product(v.mT, v).triu_(1).mul_(tau.unsqueeze(-1))  # solved as if its diagonal were 1
         t = torch.linalg.solve_triangular(system, torch.diag_embed(tau), upper=True, unitriangular=True)
-        vt = torch.bmm(v, t)
+        vt = matrix_product(v, t)
         reflections.append((start, v, vt))
         right = rest[:, start:, stop:]
-        right.baddbmm_(v, torch.bmm(vt.mT, right), alpha=-1)
-    result = torch.eye(size, dtype=rest.dtype, device=rest.device).repeat(len(rest), 1, 1)
+        add_matrix_product_(right, v, matrix_product(vt.mT, right), alpha=-1)
+    result = rest.zero_()  # R is not wanted, and on a CPU new memory costs as much as a product
+    result.diagonal(dim1=-2, dim2=-1).fill_(1)
     for start, v, vt in reversed(reflections):
         corner = result[:, start:, start:]  # what is left of it and above is still the identity's
-        corner.baddbmm_(vt, torch.bmm(v.mT, corner), alpha=-1)
+        add_matrix_product_(corner, vt, matrix_product(v.mT, corner), alpha=-1)
     return result
 
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emerging_optimizers.precision import fp32_matmul_precision
+from emerging_optimizers.precision import fp32_matmul_precision, matrix_product
 from emerging_optimizers.soap.decompositions import eigenvectors, orthonormal_columns
+from emerging_optimizers.soap.kronecker import column_products
 
 #: Diagonal shift before an eigendecomposition, relative to the largest diagonal entry.
 EIGH_SHIFT = {torch.float32: 1e-7, torch.float64: 1e-15}
@@ -94,8 +95,8 @@ def orthogonal_iteration(
     order = torch.argsort(quotients, dim=-1, descending=True, stable=True)
     bases, failed = orthonormal_columns(products, bases, order)
     for _ in range(power_iter_steps - 1):
-        with fp32_matmul_precision(matmul_precision):
-            products = torch.bmm(factors, bases)
+        with fp32_matmul_precision(matmul_precision, factors):
+            products = matrix_product(factors, bases)
         bases, failed_again = orthonormal_columns(products, bases)
         failed = failed | failed_again
     return bases, order, failed
@@ -146,9 +147,9 @@ def refresh_bases(
         return RefreshedBases(new_bases, None, refreshed, failed)
     # One product serves the eigenvalues, the criterion and the power step. Full float32: in TensorFloat-32 the small
     # eigenvalues drown in the rounding of the large ones.
-    with fp32_matmul_precision("highest"):
-        products = torch.bmm(factors, bases)
-        quotients = torch.linalg.vecdot(bases, products, dim=-2)
+    with fp32_matmul_precision("highest", factors):
+        products = matrix_product(factors, bases)
+        quotients = column_products(bases, products)
     if adaptive_tolerance is not None:
         refreshed = ~basis_holds(factors, quotients, adaptive_tolerance)
         if not bool(refreshed.any()):

@@ -15,7 +15,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from emerging_optimizers.precision import fp32_matmul_precision
+from emerging_optimizers.precision import add_matrix_product_, fp32_matmul_precision, matrix_product
 
 #: On a CPU, a Gram product of more rows than this is formed in blocks of them, its lower half only, and mirrored, in
 #: 0.6 to 0.9 of the time (``benchmarks/gram_product.py``). With fewer columns the mirroring takes what that saves.
@@ -44,11 +44,11 @@ def _contract_in_turn(stack: Tensor, matrices: Sequence[Tensor | None]) -> Tenso
             stack = stack.movedim(1, -1)
             continue
         if stack.dim() == 3:
-            stack = torch.bmm(stack.mT, matrix)
+            stack = matrix_product(stack.mT, matrix)
             continue
         rest = stack.shape[2:]
         columns = stack.reshape(stack.shape[0], stack.shape[1], -1)
-        stack = torch.bmm(columns.mT, matrix).reshape(stack.shape[0], *rest, matrix.shape[-1])
+        stack = matrix_product(columns.mT, matrix).reshape(stack.shape[0], *rest, matrix.shape[-1])
     return stack
 
 
@@ -121,9 +121,17 @@ def rayleigh_quotients(factor: Tensor, basis: Tensor) -> Tensor:
 
     Always in full float32: in TensorFloat-32 the small eigenvalues drown in the rounding of the large ones.
     """
-    with fp32_matmul_precision("highest"):
-        quotients: Tensor = torch.linalg.vecdot(basis, torch.bmm(factor, basis), dim=-2)
-    return quotients
+    with fp32_matmul_precision("highest", factor):
+        return column_products(basis, matrix_product(factor, basis))
+
+
+def column_products(left: Tensor, right: Tensor) -> Tensor:
+    """The inner product of each column with the other's, (B, d), of (B, d, d).
+
+    By blocks of rows: elementwise products of whole factors would be new memory as large as them.
+    """
+    blocks = zip(torch.split(left, GRAM_ROWS, -2), torch.split(right, GRAM_ROWS, -2), strict=True)
+    return torch.stack([torch.linalg.vecdot(a, b, dim=-2) for a, b in blocks]).sum(0)
 
 
 def _decay_and_add_gram_(factor: Tensor, matrix: Tensor, beta: float, finite: Tensor | None) -> None:
@@ -140,6 +148,6 @@ def _decay_and_add_gram_(factor: Tensor, matrix: Tensor, beta: float, finite: Te
     for start in range(0, size, rows):
         stop = min(start + rows, size)
         lower = factor[:, start:stop, :stop]
-        lower.baddbmm_(matrix[:, start:stop], matrix[:, :stop].mT, beta=decay, alpha=1 - beta)
+        add_matrix_product_(lower, matrix[:, start:stop], matrix[:, :stop].mT, beta=decay, alpha=1 - beta)
         if start:
             factor[:, :start, start:stop].copy_(lower[:, :, :start].mT)

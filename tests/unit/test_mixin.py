@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from emerging_optimizers.mixin import WeightDecayMixin
-from emerging_optimizers.precision import fp32_matmul_precision
 
 
 class SGD(WeightDecayMixin, torch.optim.Optimizer):
@@ -61,18 +60,6 @@ def test_a_learning_rate_of_zero_decays_nothing(lr: float) -> None:
         assert weight.tolist() == [1.0, 1.0]
 
 
-def test_an_inherited_precision_is_not_pinned() -> None:
-    before = torch.backends.fp32_precision
-    try:
-        torch.backends.fp32_precision = "tf32"
-        with fp32_matmul_precision("highest"):
-            pass
-        torch.backends.fp32_precision = "ieee"
-        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-    finally:
-        torch.backends.fp32_precision = before
-
-
 @pytest.mark.parametrize(
     ("value", "method", "error"),
     [
@@ -86,23 +73,3 @@ def test_an_inherited_precision_is_not_pinned() -> None:
 def test_bad_options_are_named(value: object, method: str, error: type[Exception]) -> None:
     with pytest.raises(error, match="Invalid weight_decay"):
         SGD([nn.Parameter(torch.ones(1))], 0.1, value, method)
-
-
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_the_matmul_precision_is_restored_also_after_an_error(precision: str) -> None:
-    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [switch.fp32_precision for switch in switches]
-    inside = {"highest": ["ieee", "ieee"], "high": ["tf32", "tf32"], "medium": ["tf32", "bf16"]}[precision]
-    seen = []
-
-    def fail_inside() -> None:
-        with fp32_matmul_precision(precision):
-            seen.extend(switch.fp32_precision for switch in switches)
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail_inside()
-    assert seen == inside
-    assert [switch.fp32_precision for switch in switches] == before
-    with pytest.raises(ValueError, match="Invalid matmul precision: 'tf32'"), fp32_matmul_precision("tf32"):
-        pass

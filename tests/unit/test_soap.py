@@ -370,7 +370,7 @@ def test_each_precision_option_governs_its_own_products(monkeypatch: pytest.Monk
         return torch.backends.mkldnn.matmul.fp32_precision
 
     real_contract, real_gram = kronecker._contract_in_turn, kronecker._decay_and_add_gram_
-    real_iteration, real_bmm = eigenbasis.orthogonal_iteration, torch.bmm
+    real_iteration, real_product = eigenbasis.orthogonal_iteration, eigenbasis.matrix_product
     inside_iteration: list[bool] = []
 
     def contract(*arguments: object) -> Tensor:
@@ -387,17 +387,14 @@ def test_each_precision_option_governs_its_own_products(monkeypatch: pytest.Monk
         inside_iteration.pop()
         return result
 
-    def bmm(a: Tensor, b: Tensor) -> Tensor:
-        if inside_iteration:
-            seen["power"].add(current())
-        elif a.shape == b.shape and a.shape[-1] == a.shape[-2]:
-            first_product.add(current())
-        return real_bmm(a, b)
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        (seen["power"] if inside_iteration else first_product).add(current())
+        return real_product(a, b)
 
     monkeypatch.setattr(kronecker, "_contract_in_turn", contract)
     monkeypatch.setattr(kronecker, "_decay_and_add_gram_", gram)
     monkeypatch.setattr(eigenbasis, "orthogonal_iteration", iteration)
-    monkeypatch.setattr(torch, "bmm", bmm)
+    monkeypatch.setattr(eigenbasis, "matrix_product", product)
     parameter = nn.Parameter(torch.ones(5, 7))
     optimizer = SOAP([parameter], lr=0.1, fp32_matmul_prec="medium", qr_fp32_matmul_prec="high", power_iter_steps=2)
     for seed in range(2):

@@ -1,0 +1,176 @@
+"""The precision of float32 products, who computes them, and that neither setting leaks."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from emerging_optimizers import precision
+from emerging_optimizers.precision import add_matrix_product_, fp32_matmul_precision, matrix_product
+from emerging_optimizers.soap import SOAP
+from emerging_optimizers.soap.decompositions import orthonormal_columns
+
+LARGE = torch.empty(1, precision.ONEDNN_FROM, 8)
+
+
+def current() -> str:
+    return torch.backends.mkldnn.matmul.fp32_precision
+
+
+@pytest.fixture
+def on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU where oneDNN is the faster one, wherever the tests run."""
+    monkeypatch.setattr(precision, "_onednn_is_faster_and_exact", lambda: True)
+
+
+def test_an_inherited_precision_is_not_pinned() -> None:
+    before = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with fp32_matmul_precision("highest"):
+            pass
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_matmul_precision_is_restored_also_after_an_error(precision: str) -> None:
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    inside = {"highest": ["ieee", "ieee"], "high": ["tf32", "tf32"], "medium": ["tf32", "bf16"]}[precision]
+    seen = []
+
+    def fail_inside() -> None:
+        with fp32_matmul_precision(precision):
+            seen.extend(switch.fp32_precision for switch in switches)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert seen == inside
+    assert [switch.fp32_precision for switch in switches] == before
+    with pytest.raises(ValueError, match="Invalid matmul precision: 'tf32'"), fp32_matmul_precision("tf32"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("operand", "inside"),
+    [
+        (LARGE, "bf16"),
+        (LARGE.mT, "bf16"),
+        (LARGE[:, 1:], "ieee"),
+        (LARGE.to("meta"), "ieee"),
+        (torch.empty(10_000), "ieee"),
+        (None, "ieee"),
+    ],
+    ids=["large", "wide", "small", "elsewhere", "vector", "none"],
+)
+@pytest.mark.usefixtures("on_amd")
+def test_large_products_go_to_onednn_on_an_amd_cpu(operand: Tensor | None, inside: str) -> None:
+    before = current()
+    with fp32_matmul_precision("highest", operand):
+        assert current() == inside
+    assert current() == before
+
+
+@pytest.mark.usefixtures("on_amd")
+def test_a_step_hands_its_large_products_to_onednn_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[int, set[str]] = {}
+    real = torch.mm
+
+    def mm(left: Tensor, right: Tensor) -> Tensor:
+        seen.setdefault(max(*left.shape, *right.shape), set()).add(current())
+        return real(left, right)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(precision, "ONEDNN_FROM", 12)
+    parameters = [nn.Parameter(torch.zeros(12, 3)), nn.Parameter(torch.zeros(11, 2))]
+    optimizer = SOAP(parameters, lr=0.1, fp32_matmul_prec="highest", precondition_frequency=1)
+    for seed in range(2):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+    assert seen == {12: {"bf16"}, 11: {"ieee"}, 3: {"ieee"}, 2: {"ieee"}}  # the last two are factors on their own
+
+
+@pytest.mark.parametrize("operand", [LARGE, None], ids=["large", "small"])
+@pytest.mark.parametrize("name", ["highest", "high"])
+def test_products_are_float32_whoever_computes_them(name: str, operand: Tensor | None) -> None:
+    """On this machine as it is. bfloat16 would be wrong by 1e-3, TensorFloat-32 by 1e-4."""
+    if any(torch.cpu.get_capabilities().get(unit) for unit in precision.AMX) and name == "high":
+        pytest.skip('this CPU has matrix units, which "high" may use')
+    for shape in [(2048, 96, 64), (130, 1024, 700), (1000, 1000, 1000)]:
+        m, n, k = shape
+        left, right = torch.rand(1, m, k), torch.rand(1, k, n)
+        exact = left.double() @ right.double()
+        with fp32_matmul_precision(name, operand):
+            several = [matrix_product(left, right), matrix_product(left.mT.contiguous().mT, right)]
+            several += [matrix_product(left.expand(2, -1, -1), right.expand(2, -1, -1))[1:]]
+        for one in several:
+            assert ((one - exact).abs() / exact).max() < 2e-6
+
+
+CAPABLE = {"cpu_name": "AMD EPYC", "avx512_f": True, "amx_tile": False}
+
+
+@pytest.mark.parametrize(
+    ("facts", "product", "expected"),
+    [
+        (CAPABLE, lambda a, b: a.matmul(b), True),
+        ({**CAPABLE, "cpu_name": "INTEL(R) XEON(R)"}, lambda a, b: a.matmul(b), False),
+        ({**CAPABLE, "amx_tile": True}, lambda a, b: a.matmul(b), False),
+        ({}, lambda a, b: a.matmul(b), False),
+        (CAPABLE, lambda a, b: (a.bfloat16().float()).matmul(b.bfloat16().float()), False),
+        (CAPABLE, lambda a, b: (a.bfloat16().float()).matmul(b) if len(a) > 500 else a.matmul(b), False),
+    ],
+    ids=["amd", "intel", "amx", "unknown", "rounds", "rounds-some"],
+)
+def test_onednn_is_taken_only_where_it_is_faster_and_does_not_round(
+    facts: dict[str, object],
+    product: Callable[[Tensor, Tensor], Tensor],
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: facts)
+    monkeypatch.setattr(Tensor, "__matmul__", product)
+    before = current()
+    assert precision._onednn_is_faster_and_exact.__wrapped__() is expected
+    assert current() == before
+
+
+def test_a_torch_that_does_not_know_its_cpu_stays_with_its_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert precision._onednn_is_faster_and_exact.__wrapped__() is False
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_products_of_one_matrix_and_of_stacks_are_bmm_and_baddbmm(count: int) -> None:
+    large = torch.randn(count, 9, 8)
+    left, right, target = large[:, 1:5, :3], large[:, 2:5, 2:8], large[:, 3:7, 2:8].clone()
+    assert torch.equal(matrix_product(left, right), torch.bmm(left, right))
+    expected = torch.baddbmm(target, left, right, beta=0.5, alpha=-2.0)
+    add_matrix_product_(target, left, right, beta=0.5, alpha=-2.0)
+    torch.testing.assert_close(target, expected)
+
+
+@pytest.mark.parametrize("size", [512, 1100])
+def test_a_qr_is_never_at_reduced_precision(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products on a CPU would follow ``fp32_matmul_prec``, and cost orthogonality where the CPU can do bfloat16."""
+    monkeypatch.setattr(precision, "_onednn_is_faster_and_exact", lambda: False)
+    seen = set()
+    real = torch.geqrf
+
+    def geqrf(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        seen.add(current())
+        return real(matrix)
+
+    monkeypatch.setattr(torch, "geqrf", geqrf)
+    matrix = torch.randn(1, size, size)
+    with fp32_matmul_precision("medium"):
+        basis, failed = orthonormal_columns(matrix, matrix)
+    assert seen == {"ieee"}
+    assert not failed.any()
+    assert (basis[0].T @ basis[0] - torch.eye(size)).abs().max() < 1e-5
