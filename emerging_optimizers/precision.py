@@ -56,8 +56,8 @@ def fp32_matmul_precision(precision: str, operand: Tensor | None = None) -> Iter
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     with _lock:
         wanted = MATMUL_PRECISIONS[precision]
-        if operand is not None and operand.device.type == "cpu" and max(operand.shape[1:], default=0) >= ONEDNN_FROM:
-            wanted = (wanted[0], "bf16" if _onednn_is_faster_and_exact() else wanted[1])
+        if operand is not None and _is_large(operand) and _onednn_is_faster_and_exact():
+            wanted = (wanted[0], "bf16")
         before = tuple(backend.fp32_precision for backend in backends)
         if before == wanted:
             yield
@@ -75,21 +75,26 @@ def fp32_matmul_precision(precision: str, operand: Tensor | None = None) -> Iter
 
 
 def matrix_product(left: Tensor, right: Tensor) -> Tensor:
-    """``torch.bmm`` of (B, m, k) and (B, k, n), in the form that is fastest for one matrix.
+    """``torch.bmm`` of (B, m, k) and (B, k, n), in the form that is fastest for one large matrix on a CPU.
 
-    For stacks, even of one, oneDNN copies what is not contiguous.
+    For stacks, even of one, oneDNN copies what is not contiguous. Small ones stay stacks, so that a matrix on its own
+    gives bit for bit what it gives among others.
     """
-    if len(left) == 1:
+    if len(left) == 1 and (_is_large(left) or _is_large(right)):
         return torch.mm(left[0], right[0]).unsqueeze(0)
     return torch.bmm(left, right)
 
 
 def add_matrix_product_(target: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
     """``target <- beta target + alpha left right``, in place: ``baddbmm_``, as :func:`matrix_product` is ``bmm``."""
-    if len(target) == 1:
+    if len(target) == 1 and (_is_large(left) or _is_large(right)):
         target[0].addmm_(left[0], right[0], beta=beta, alpha=alpha)
     else:
         target.baddbmm_(left, right, beta=beta, alpha=alpha)
+
+
+def _is_large(stack: Tensor) -> bool:
+    return stack.device.type == "cpu" and max(stack.shape[1:], default=0) >= ONEDNN_FROM
 
 
 @lru_cache(maxsize=1)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.differences import differences
 from tests.distributed.checkpoint_worker import BLOCKS, SETS, SHORT, Outcome, Values, work
 from tests.distributed.harness import Processes
 
@@ -67,19 +67,6 @@ def look(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Look
         return [outcomes[scenario] for outcomes in seen[name]]
 
     return look_up
-
-
-def differences(a: Values, b: Values) -> list[str]:
-    """The tensors that differ in a bit, a dtype or a shape."""
-    if a.keys() != b.keys():
-        return [f"only one has {name}" for name in sorted(a.keys() ^ b.keys())]
-    return [name for name in a if not same_bits(a[name], b[name])]
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
 
 def distances(a: Values, b: Values, tolerances: Mapping[torch.dtype, float] = TOLERANCES) -> dict[str, str]:

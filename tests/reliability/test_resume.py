@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.differences import differences
 from tests.reliability.resume_worker import CASES, CUTS, STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -28,26 +28,6 @@ def phases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
         assert done.returncode == 0, done.stderr
     return {phase: torch.load(folder / f"{phase}.pt", weights_only=True) for phase in PHASES}
-
-
-def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """Name the places where two states differ, by a bit, a dtype, a key or a type."""
-    if type(a) is not type(b):
-        return [f"{where}: {type(a).__name__} and {type(b).__name__}"]
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return [f"{where}: keys {sorted(map(str, a))} and {sorted(map(str, b))}"]
-        return [found for key in a for found in differences(a[key], b[key], f"{where}/{key}")]
-    if isinstance(a, list | tuple):
-        if len(a) != len(b):
-            return [f"{where}: {len(a)} and {len(b)} entries"]
-        return [found for i, pair in enumerate(zip(a, b, strict=True)) for found in differences(*pair, f"{where}/{i}")]
-    if isinstance(a, Tensor):
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            return [f"{where}: {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"]
-        bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)]
-        return [] if torch.equal(*bits) else [f"{where}: {int((bits[0] != bits[1]).sum())} bytes"]
-    return [] if a == b else [f"{where}: {a!r} and {b!r}"]
 
 
 @pytest.mark.slow
@@ -81,14 +61,3 @@ def test_the_cuts_are_where_they_are_meant_to_be(phases: dict[str, dict[str, Any
         assert 0 < len(whole[case][early]["order"]) < 48
         assert whole[case][early]["scheduler"]["last_epoch"] == early < 4 < late
         assert len({whole[case][step]["optimizer"]["param_groups"][0]["lr"] for step in (early, late, STEPS)}) == 3
-
-
-def test_a_difference_of_one_bit_a_dtype_or_a_key_is_seen() -> None:
-    tensor = torch.tensor([0.0, 1.0])
-    assert differences({"a": [tensor, 1.5]}, {"a": [tensor.clone(), 1.5]}) == []
-    assert differences({"a": [tensor]}, {"a": [torch.tensor([-0.0, 1.0])]}) == ["/a/0: 1 bytes"]
-    assert differences([tensor], [tensor.double()]) == ["/0: torch.float32 (2,) and torch.float64 (2,)"]
-    assert differences({"a": 1}, {"b": 1}) == [": keys ['a'] and ['b']"]
-    assert differences({"a": 1.0}, {"a": 1.0 + 2**-52}) == ["/a: 1.0 and 1.0000000000000002"]
-    assert differences([1], [1, 2]) == [": 1 and 2 entries"]
-    assert differences([1], [1.0]) == ["/0: int and float"]

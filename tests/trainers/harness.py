@@ -3,11 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 180  # seconds for one run; it takes about ten, most of them for imports
@@ -42,31 +39,3 @@ def run_example(
     )
     assert (done.returncode != 0) == fails, done.stdout
     return done.stdout
-
-
-def differences(a: Path, b: Path) -> list[str]:
-    """Where two saved files differ, in a bit or in what they have."""
-    one, other = (dict(_leaves("", _read(path))) for path in (a, b))
-    assert one, "nothing is saved"
-    same = {
-        name: torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
-        for name, value in one.items()
-        if name in other
-    }
-    return sorted(one.keys() ^ other.keys()) + [name for name, equal in same.items() if not equal]
-
-
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, weights_only=True)
-
-
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict | list | tuple):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(f"{name}/{key}", item)
-    else:
-        yield name, value

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainers.harness import differences, run_example
+from tests.differences import file_differences
+from tests.trainers.harness import run_example
 
 pytestmark = pytest.mark.skipif(find_spec("accelerate") is None, reason="needs the extra trainers")
 NAME = "accelerate_loop"
@@ -30,4 +31,4 @@ def test_a_resumed_run_on_two_processes_ends_as_the_uninterrupted_one(tmp_path: 
     resumed = run_example(NAME, *arguments, "--checkpoints", "resumed", "--resume", folder=tmp_path, processes=2)
     assert losses(resumed) == losses(whole)[6:]
     for file in ("model.safetensors", "optimizer.bin", "scheduler.bin"):
-        assert differences(*(tmp_path / run / "step-000012" / file for run in ("whole", "resumed"))) == [], file
+        assert file_differences(*(tmp_path / run / "step-000012" / file for run in ("whole", "resumed"))) == [], file

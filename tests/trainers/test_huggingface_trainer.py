@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainers.harness import differences, run_example
+from tests.differences import file_differences
+from tests.trainers.harness import run_example
 
 pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="needs the extra trainers")
 NAME = "huggingface_trainer"
@@ -28,7 +29,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     resumed = run_example(NAME, *arguments, "--output", "resumed", "--resume", folder=tmp_path)
     assert len(losses(resumed)) == 1, "it goes on after step 11, and reports at 20"
     for file in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
-        assert differences(*(tmp_path / run / "checkpoint-22" / file for run in ("whole", "resumed"))) == [], file
+        assert file_differences(*(tmp_path / run / "checkpoint-22" / file for run in ("whole", "resumed"))) == [], file
 
 
 def test_trainers_own_groups_precondition_the_embeddings(tmp_path: Path) -> None:

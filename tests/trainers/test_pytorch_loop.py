@@ -3,7 +3,8 @@
 import shutil
 from pathlib import Path
 
-from tests.trainers.harness import differences, run_example
+from tests.differences import file_differences
+from tests.trainers.harness import run_example
 
 
 def losses(output: str) -> list[float]:
@@ -22,4 +23,4 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "whole" / "step-000017.pt", tmp_path / "resumed")
     resumed = run_example("pytorch_loop", *arguments, "--checkpoints", "resumed", "--resume", folder=tmp_path)
     assert losses(resumed) == losses(whole)[17:]
-    assert differences(*(tmp_path / run / "step-000027.pt" for run in ("whole", "resumed"))) == []
+    assert file_differences(*(tmp_path / run / "step-000027.pt" for run in ("whole", "resumed"))) == []

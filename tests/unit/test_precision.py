@@ -79,13 +79,16 @@ def test_large_products_go_to_onednn_on_an_amd_cpu(operand: Tensor | None, insid
 @pytest.mark.usefixtures("on_amd")
 def test_a_step_hands_its_large_products_to_onednn_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[int, set[str]] = {}
-    real = torch.mm
 
-    def mm(left: Tensor, right: Tensor) -> Tensor:
-        seen.setdefault(max(*left.shape, *right.shape), set()).add(current())
-        return real(left, right)
+    def recorded(real: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        def record(left: Tensor, right: Tensor) -> Tensor:
+            seen.setdefault(max(*left.shape, *right.shape), set()).add(current())
+            return real(left, right)
 
-    monkeypatch.setattr(torch, "mm", mm)
+        return record
+
+    for name in ("mm", "bmm"):
+        monkeypatch.setattr(torch, name, recorded(getattr(torch, name)))
     monkeypatch.setattr(precision, "ONEDNN_FROM", 12)
     parameters = [nn.Parameter(torch.zeros(12, 3)), nn.Parameter(torch.zeros(11, 2))]
     optimizer = SOAP(parameters, lr=0.1, fp32_matmul_prec="highest", precondition_frequency=1)
@@ -146,11 +149,15 @@ def test_a_torch_that_does_not_know_its_cpu_stays_with_its_blas(monkeypatch: pyt
     assert precision._onednn_is_faster_and_exact.__wrapped__() is False
 
 
+@pytest.mark.parametrize("large", [3, 100])
 @pytest.mark.parametrize("count", [1, 3])
-def test_products_of_one_matrix_and_of_stacks_are_bmm_and_baddbmm(count: int) -> None:
-    large = torch.randn(count, 9, 8)
-    left, right, target = large[:, 1:5, :3], large[:, 2:5, 2:8], large[:, 3:7, 2:8].clone()
-    assert torch.equal(matrix_product(left, right), torch.bmm(left, right))
+def test_products_of_one_matrix_and_of_stacks_are_bmm_and_baddbmm(
+    count: int, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "ONEDNN_FROM", large)
+    stack = torch.randn(count, 9, 8)
+    left, right, target = stack[:, 1:5, :3], stack[:, 2:5, 2:8], stack[:, 3:7, 2:8].clone()
+    torch.testing.assert_close(matrix_product(left, right), torch.bmm(left, right))
     expected = torch.baddbmm(target, left, right, beta=0.5, alpha=-2.0)
     add_matrix_product_(target, left, right, beta=0.5, alpha=-2.0)
     torch.testing.assert_close(target, expected)
