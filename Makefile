@@ -44,6 +44,7 @@ bench: $(READY)  ## time steps beside the peers, refreshes, growth, several proc
 	$(BIN)/python benchmarks/step_time_plot.py
 	$(BIN)/python -m benchmarks.refresh_cost
 	$(BIN)/python -m benchmarks.gram_product
+	$(BIN)/python -m benchmarks.matmul_rates
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.scaling
