@@ -21,8 +21,8 @@ MATMUL_PRECISIONS: dict[str, tuple[str, str]] = {
 #: Matrix units, as ``torch.cpu.get_capabilities`` names them.
 AMX = ("amx_tile", "amx_bf16", "amx_fp16", "amx_int8")
 
-#: On AMD CPUs, products with a dimension of at least this go to oneDNN, which takes 0.75 to 0.95 of MKL's time for them
-#: (``benchmarks/matmul_rates.py``). Smaller ones are as fast in MKL.
+#: On AMD CPUs, products with a dimension of at least this go to oneDNN, which takes 0.84 to 0.92 of MKL's time for them
+#: (``benchmarks/matmul_rates.py``). Steps of smaller ones are as fast with MKL.
 ONEDNN_FROM = 768
 
 _lock = RLock()
@@ -109,6 +109,6 @@ def _onednn_is_faster_and_exact() -> bool:
         return False
     digits = torch.arange(1024 * 1024, dtype=torch.float64, device="cpu").remainder(2**11).view(1024, 1024)
     left, right = 1 + digits * 2**-11, torch.eye(1024, dtype=torch.float64, device="cpu") * (1 + 2**-11)
-    with fp32_matmul_precision("medium"):
+    with fp32_matmul_precision("medium"), torch.autocast("cpu", enabled=False):
         several = [left[:rows].float() @ right.float() for rows in (128, 1024)]
     return all(torch.equal(one.double(), left[: len(one)] * (1 + 2**-11)) for one in several)
