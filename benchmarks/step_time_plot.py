@@ -26,8 +26,10 @@ def bars(axes: Any, result: dict[str, Any]) -> None:
     axes.barh([name for name, _ in lines], [line["over_floor"] for _, line in lines],
               color=[COLOURS[name] for name, _ in lines])  # fmt: skip
     for place, (_, line) in enumerate(lines):
-        axes.text(line["over_floor"], place, f" {line['over_floor']:g}", va="center", fontsize=8)
-    axes.axvline(1, color="black", linewidth=1)
+        beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # hides the line of the floor
+        axes.annotate(f"{line['over_floor']:g}", (line["over_floor"], place), **beside, bbox=box)
+    axes.axvline(1, color="black", linewidth=1, zorder=2)
     axes.set_title(f"{result['set']}, frequency {result['frequency']}", fontsize=10)
     axes.set_xlabel("mean step / floor")
 
