@@ -22,8 +22,12 @@ MATMUL_PRECISIONS: dict[str, tuple[str, str]] = {
 AMX = ("amx_tile", "amx_bf16", "amx_fp16", "amx_int8")
 
 #: On AMD CPUs, products with a dimension of at least this go to oneDNN, which takes 0.84 to 0.92 of MKL's time for them
-#: (``benchmarks/matmul_rates.py``). Steps of smaller ones are as fast with MKL.
-ONEDNN_FROM = 768
+#: (``benchmarks/matmul_rates.py``).
+ONEDNN_FROM = 128
+
+#: A matrix on its own with a dimension of at least this is not multiplied as a stack of one: of a stack's parts, as
+#: blocks are, oneDNN makes copies.
+ALONE_FROM = 768
 
 _lock = RLock()
 
@@ -56,7 +60,7 @@ def fp32_matmul_precision(precision: str, operand: Tensor | None = None) -> Iter
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     with _lock:
         wanted = MATMUL_PRECISIONS[precision]
-        if operand is not None and _is_large(operand) and _onednn_is_faster_and_exact():
+        if operand is not None and _is_large(operand, ONEDNN_FROM) and _onednn_is_faster_and_exact():
             wanted = (wanted[0], "bf16")
         before = tuple(backend.fp32_precision for backend in backends)
         if before == wanted:
@@ -80,21 +84,44 @@ def matrix_product(left: Tensor, right: Tensor) -> Tensor:
     For stacks, even of one, oneDNN copies what is not contiguous. Small ones stay stacks, so that a matrix on its own
     gives bit for bit what it gives among others.
     """
-    if len(left) == 1 and (_is_large(left) or _is_large(right)):
+    if is_alone_and_large(left) or is_alone_and_large(right):
         return torch.mm(left[0], right[0]).unsqueeze(0)
     return torch.bmm(left, right)
 
 
 def add_matrix_product_(target: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
     """``target <- beta target + alpha left right``, in place: ``baddbmm_``, as :func:`matrix_product` is ``bmm``."""
-    if len(target) == 1 and (_is_large(left) or _is_large(right)):
-        target[0].addmm_(left[0], right[0], beta=beta, alpha=alpha)
-    else:
+    if is_alone_and_large(left) or is_alone_and_large(right):
+        # oneDNN compiles a kernel for every beta, and bias correction makes a new one in every step.
+        if beta != 1:
+            target.mul_(beta)
+        target[0].addmm_(left[0], right[0], alpha=alpha)
+        return
+    with _without_onednn():
         target.baddbmm_(left, right, beta=beta, alpha=alpha)
 
 
-def _is_large(stack: Tensor) -> bool:
-    return stack.device.type == "cpu" and max(stack.shape[1:], default=0) >= ONEDNN_FROM
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Leaves the enclosed products to torch's BLAS, if it was :func:`fp32_matmul_precision` who handed them on."""
+    backend = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    if backend.fp32_precision != "bf16" or not _onednn_is_faster_and_exact():
+        yield
+        return
+    backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = "bf16"
+
+
+def is_alone_and_large(stack: Tensor) -> bool:
+    """Whether it is one matrix, of those that are multiplied as such."""
+    return len(stack) == 1 and _is_large(stack, ALONE_FROM)
+
+
+def _is_large(stack: Tensor, size: int) -> bool:
+    return stack.device.type == "cpu" and max(stack.shape[1:], default=0) >= size
 
 
 @lru_cache(maxsize=1)

@@ -29,12 +29,26 @@ def unfold(stack: Tensor, axis: int) -> Tensor:
 
 def project(stack: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
     """Contracts axis k with the columns of ``Q_k`` for every k: ``Q_1^T G Q_2`` for a matrix."""
-    return _contract_in_turn(stack, bases)
+    return _contract(stack, bases)
 
 
 def project_back(stack: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
     """The inverse of :func:`project` for orthonormal bases: ``Q_1 G Q_2^T`` for a matrix."""
-    return _contract_in_turn(stack, [None if basis is None else basis.mT for basis in bases])
+    return _contract(stack, [None if basis is None else basis.mT for basis in bases])
+
+
+def _contract(stack: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+    """Contracts every axis with the rows of its matrix, if it has one."""
+    if stack.dim() != 3:
+        return _contract_in_turn(stack, matrices)
+    left, right = matrices
+    # The smaller one first: what comes between is then read in the larger product, the way it was written.
+    if left is not None and (right is None or left.shape[-1] <= right.shape[-1]):
+        stack = matrix_product(left.mT, stack)
+        return stack if right is None else matrix_product(stack, right)
+    if right is not None:
+        stack = matrix_product(stack, right)
+    return stack if left is None else matrix_product(left.mT, stack)
 
 
 def _contract_in_turn(stack: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
@@ -42,9 +56,6 @@ def _contract_in_turn(stack: Tensor, matrices: Sequence[Tensor | None]) -> Tenso
     for matrix in matrices:
         if matrix is None:
             stack = stack.movedim(1, -1)
-            continue
-        if stack.dim() == 3:
-            stack = matrix_product(stack.mT, matrix)
             continue
         rest = stack.shape[2:]
         columns = stack.reshape(stack.shape[0], stack.shape[1], -1)
@@ -107,7 +118,7 @@ def update_factors_kl(
         if factor is not None:
             others = [None if k == axis else root for k, root in enumerate(roots)]
             scale = sqrt(grad[0].numel() / grad.shape[1 + axis])
-            whitened.append(unfold(_contract_in_turn(grad, others), axis) / scale)
+            whitened.append(unfold(_contract(grad, others), axis) / scale)
     for factor in factors:
         if factor is not None:
             matrix = whitened.pop(0)
@@ -143,11 +154,12 @@ def _decay_and_add_gram_(factor: Tensor, matrix: Tensor, beta: float, finite: Te
     size, rank = matrix.shape[1:]
     rows = GRAM_ROWS if factor.device.type == "cpu" and size > GRAM_ROWS and rank >= GRAM_ROWS else size
     if rows == size:
-        factor.baddbmm_(matrix, matrix.mT, beta=decay, alpha=1 - beta)
+        add_matrix_product_(factor, matrix, matrix.mT, beta=decay, alpha=1 - beta)
         return
     for start in range(0, size, rows):
         stop = min(start + rows, size)
         lower = factor[:, start:stop, :stop]
         add_matrix_product_(lower, matrix[:, start:stop], matrix[:, :stop].mT, beta=decay, alpha=1 - beta)
         if start:
-            factor[:, :start, start:stop].copy_(lower[:, :, :start].mT)
+            for upper, one in zip(factor[:, :start, start:stop], lower[:, :, :start], strict=True):
+                upper.copy_(one.mT)  # of single matrices: torch transposes those by blocks
