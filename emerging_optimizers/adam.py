@@ -55,13 +55,14 @@ def adam_direction(
 
     correction1 = 1 - beta1**step if correct_bias else 1.0
     correction2 = 1 - beta2**step if correct_bias else 1.0
-    denominator = (exp_avg_sq / correction2).sqrt_().add_(eps)
     if use_nesterov:
         next_correction1 = 1 - beta1 ** (step + 1) if correct_bias else 1.0
         numerator = (exp_avg * (beta1 / next_correction1)).add_(grad, alpha=(1 - beta1) / correction1)
+        direction = numerator.div_((exp_avg_sq / correction2).sqrt_().add_(eps))
     else:
-        numerator = exp_avg / correction1
-    direction = numerator.div_(denominator)
+        # Both corrections in the denominator: a pass and a tensor less.
+        denominator = exp_avg_sq.sqrt().mul_(correction1 / math.sqrt(correction2)).add_(eps * correction1)
+        direction = torch.div(exp_avg, denominator, out=denominator)
     if finite is not None:
         # With eps = 0 an untouched entry is 0 / 0, so the mask must choose rather than multiply.
         direction = torch.where(finite, direction, 0.0)

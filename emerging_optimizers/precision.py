@@ -23,7 +23,7 @@ AMX = ("amx_tile", "amx_bf16", "amx_fp16", "amx_int8")
 
 #: On AMD CPUs, products with a dimension of at least this go to oneDNN, which takes 0.84 to 0.92 of MKL's time for them
 #: (``benchmarks/matmul_rates.py``).
-ONEDNN_FROM = 128
+ONEDNN_FROM = 192
 
 #: A matrix on its own with a dimension of at least this is not multiplied as a stack of one: of a stack's parts, as
 #: blocks are, oneDNN makes copies.
@@ -138,4 +138,6 @@ def _onednn_is_faster_and_exact() -> bool:
     left, right = 1 + digits * 2**-11, torch.eye(1024, dtype=torch.float64, device="cpu") * (1 + 2**-11)
     with fp32_matmul_precision("medium"), torch.autocast("cpu", enabled=False):
         several = [left[:rows].float() @ right.float() for rows in (128, 1024)]
+        stack = left.float()[:, :128].reshape(8, 128, 128) @ right.float()[:128, :128].expand(8, -1, -1)
+    several.append(torch.cat([stack.view(1024, 128), several[-1][:, 128:]], dim=1))
     return all(torch.equal(one.double(), left[: len(one)] * (1 + 2**-11)) for one in several)

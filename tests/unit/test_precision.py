@@ -99,6 +99,49 @@ def test_a_step_hands_its_large_products_to_onednn_and_no_others(monkeypatch: py
     assert seen == {12: {"bf16"}, 11: {"ieee"}, 3: {"ieee"}, 2: {"ieee"}}  # the last two are factors on their own
 
 
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.usefixtures("on_amd")
+def test_onednn_need_not_compile_a_kernel_for_every_step(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does for every ``beta`` of a product that is added to a tensor, and bias correction changes it every step."""
+    monkeypatch.setattr(precision, "ONEDNN_FROM", 12)
+    monkeypatch.setattr(precision, "ALONE_FROM", 12 if alone else 100)
+    seen = []
+
+    def recorded(name: str) -> None:
+        real = getattr(Tensor, name)
+
+        def record(self: Tensor, *operands: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+            seen.append((name, current(), beta))
+            return real(self, *operands, beta=beta, alpha=alpha)
+
+        monkeypatch.setattr(Tensor, name, record)
+
+    recorded("addmm_")
+    recorded("baddbmm_")
+    parameter = nn.Parameter(torch.zeros(14, 12))
+    optimizer = SOAP([parameter], lr=0.1, fp32_matmul_prec="highest", precondition_frequency=10)
+    for seed in range(3):
+        parameter.grad = torch.randn(14, 12, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+    if alone:
+        assert set(seen) == {("addmm_", "bf16", 1.0)}
+    else:
+        assert {(name, setting) for name, setting, _ in seen} == {("baddbmm_", "ieee")}
+        assert len({beta for *_, beta in seen}) == 3
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_only_what_was_handed_to_onednn_is_taken_back(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "medium" asks for bfloat16, and where the CPU has units for it, oneDNN must go on getting these products."""
+    monkeypatch.setattr(precision, "_onednn_is_faster_and_exact", lambda: faster)
+    with fp32_matmul_precision("medium"):
+        with precision._without_onednn():
+            assert current() == ("ieee" if faster else "bf16")
+        assert current() == "bf16"
+    with fp32_matmul_precision("highest"), precision._without_onednn():
+        assert current() == "ieee"
+
+
 @pytest.mark.parametrize("operand", [LARGE, None], ids=["large", "small"])
 @pytest.mark.parametrize("name", ["highest", "high"])
 def test_products_are_float32_whoever_computes_them(name: str, operand: Tensor | None) -> None:
@@ -155,7 +198,7 @@ def test_a_torch_that_does_not_know_its_cpu_stays_with_its_blas(monkeypatch: pyt
 def test_products_of_one_matrix_and_of_stacks_are_bmm_and_baddbmm(
     count: int, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "ONEDNN_FROM", large)
+    monkeypatch.setattr(precision, "ALONE_FROM", large)
     stack = torch.randn(count, 9, 8)
     left, right, target = stack[:, 1:5, :3], stack[:, 2:5, 2:8], stack[:, 3:7, 2:8].clone()
     torch.testing.assert_close(matrix_product(left, right), torch.bmm(left, right))

@@ -369,7 +369,7 @@ def test_each_precision_option_governs_its_own_products(monkeypatch: pytest.Monk
     def current() -> str:
         return torch.backends.mkldnn.matmul.fp32_precision
 
-    real_contract, real_gram = kronecker._contract_in_turn, kronecker._decay_and_add_gram_
+    real_contract, real_gram = kronecker._contract, kronecker._decay_and_add_gram_
     real_iteration, real_product = eigenbasis.orthogonal_iteration, eigenbasis.matrix_product
     inside_iteration: list[bool] = []
 
@@ -391,7 +391,7 @@ def test_each_precision_option_governs_its_own_products(monkeypatch: pytest.Monk
         (seen["power"] if inside_iteration else first_product).add(current())
         return real_product(a, b)
 
-    monkeypatch.setattr(kronecker, "_contract_in_turn", contract)
+    monkeypatch.setattr(kronecker, "_contract", contract)
     monkeypatch.setattr(kronecker, "_decay_and_add_gram_", gram)
     monkeypatch.setattr(eigenbasis, "orthogonal_iteration", iteration)
     monkeypatch.setattr(eigenbasis, "matrix_product", product)
