@@ -82,20 +82,20 @@ def _householder_by_panels(rest: Tensor) -> Tensor:
     reflections: list[tuple[int, Tensor, Tensor]] = []
     for start in range(0, size, width):
         stop = min(start + width, size)
-        packed, tau = torch.geqrf(rest[:, start:, start:stop])
+        packed, tau = torch.geqrf(rest[:, start:, start:stop].contiguous())
         v = packed.tril_(-1)
         v.diagonal(dim1=-2, dim2=-1).fill_(1)
         system = matrix_product(v.mT, v).triu_(1).mul_(tau.unsqueeze(-1))  # solved as if its diagonal were 1
-        t = torch.linalg.solve_triangular(system, torch.diag_embed(tau), upper=True, unitriangular=True)
-        vt = matrix_product(v, t)
-        reflections.append((start, v, vt))
+        minus_t = torch.linalg.solve_triangular(system, torch.diag_embed(-tau), upper=True, unitriangular=True)
+        minus_vt = matrix_product(minus_t.mT, v.mT).mT  # by columns, as geqrf returns v: products of such are faster
+        reflections.append((start, v, minus_vt))
         right = rest[:, start:, stop:]
-        add_matrix_product_(right, v, matrix_product(vt.mT, right), alpha=-1)
+        add_matrix_product_(right, v, matrix_product(minus_vt.mT, right))
     result = rest.zero_()  # R is not wanted, and on a CPU new memory costs as much as a product
     result.diagonal(dim1=-2, dim2=-1).fill_(1)
-    for start, v, vt in reversed(reflections):
+    for start, v, minus_vt in reversed(reflections):
         corner = result[:, start:, start:]  # what is left of it and above is still the identity's
-        add_matrix_product_(corner, vt, matrix_product(v.mT, corner), alpha=-1)
+        add_matrix_product_(corner, minus_vt, matrix_product(v.mT, corner))
     return result
 
 
