@@ -84,21 +84,23 @@ def matrix_product(left: Tensor, right: Tensor) -> Tensor:
     For stacks, even of one, oneDNN copies what is not contiguous. Small ones stay stacks, so that a matrix on its own
     gives bit for bit what it gives among others.
     """
-    if is_alone_and_large(left) or is_alone_and_large(right):
+    if _is_alone_and_large(left) or _is_alone_and_large(right):
         return torch.mm(left[0], right[0]).unsqueeze(0)
     return torch.bmm(left, right)
 
 
 def add_matrix_product_(target: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
     """``target <- beta target + alpha left right``, in place: ``baddbmm_``, as :func:`matrix_product` is ``bmm``."""
-    if is_alone_and_large(left) or is_alone_and_large(right):
-        # oneDNN compiles a kernel for every beta, and bias correction makes a new one in every step.
+    # oneDNN compiles a kernel for every beta, and bias correction makes a new one in every step.
+    if _is_alone_and_large(left) or _is_alone_and_large(right):
         if beta != 1:
             target.mul_(beta)
         target[0].addmm_(left[0], right[0], alpha=alpha)
-        return
-    with _without_onednn():
-        target.baddbmm_(left, right, beta=beta, alpha=alpha)
+    elif beta == 1:
+        target.baddbmm_(left, right, alpha=alpha)
+    else:
+        with _without_onednn():
+            target.baddbmm_(left, right, beta=beta, alpha=alpha)
 
 
 @contextmanager
@@ -115,8 +117,7 @@ def _without_onednn() -> Iterator[None]:
         backend.fp32_precision = "bf16"
 
 
-def is_alone_and_large(stack: Tensor) -> bool:
-    """Whether it is one matrix, of those that are multiplied as such."""
+def _is_alone_and_large(stack: Tensor) -> bool:
     return len(stack) == 1 and _is_large(stack, ALONE_FROM)
 
 

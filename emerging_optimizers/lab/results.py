@@ -32,6 +32,7 @@ class Line:
         optimizer: the contender's name.
         lr: the learning rate with the lowest median of best scores.
         rates: number of learning rates tried.
+        edge: "highest" or "lowest" where `lr` is that of several rates, so that one beyond it may be better.
         seeds: number of runs at `lr`.
         diverged: how many of them diverged.
         final: last score, median over seeds.
@@ -50,6 +51,7 @@ class Line:
     optimizer: str
     lr: float
     rates: int
+    edge: str | None
     seeds: int
     diverged: int
     final: float | None
@@ -100,6 +102,7 @@ def summarise(records: Sequence[Record]) -> list[Line]:
 
 def _line(records: Sequence[Record], optimizer: str, adamw: dict[int, Record]) -> Line:
     runs = best_runs(records, optimizer)
+    rates = {r.lr for r in records if r.optimizer == optimizer}
     goals = [_reach(r, adamw.get(r.seed)) for r in runs]  # (steps, seconds)
     own = [_reach(adamw[r.seed], adamw[r.seed]) if r.seed in adamw else (math.inf, math.inf) for r in runs]
     later = [(a, b) for r in runs for a, b in zip(r.step_seconds[1:], r.optimizer_seconds[1:], strict=True)]
@@ -107,7 +110,8 @@ def _line(records: Sequence[Record], optimizer: str, adamw: dict[int, Record]) -
     return Line(
         optimizer=optimizer,
         lr=runs[0].lr,
-        rates=len({r.lr for r in records if r.optimizer == optimizer}),
+        rates=len(rates),
+        edge=None if len(rates) == 1 else {max(rates): "highest", min(rates): "lowest"}.get(runs[0].lr),
         seeds=len(runs),
         diverged=sum(r.diverged is not None for r in runs),
         final=_median(math.inf if r.diverged else r.validation[-1] for r in runs),

@@ -33,6 +33,7 @@ def verdict(lines: Sequence[Line], metric: str, finished: bool) -> str:
         sentences += _clock(sound, winner)
     if lost := [LABELS[line.optimizer] for line in lines if line.best is None]:
         sentences.append(f"Diverged, at the learning rates given: {_list(lost)}.")
+    sentences += [_beyond(line) for line in sound if line.edge]
     if winner.seeds == 1 and len(sound) > 1:
         sentences.append("This is one seed; --seeds 0,1,2 shows how much chance there is in it.")
     return " ".join(sentences)
@@ -77,6 +78,14 @@ def _clock(sound: Sequence[Line], winner: Line) -> list[str]:
     if first is winner:
         return []
     return [f"By the clock, {LABELS[first.optimizer]} is first at AdamW's best, after {fraction:.0%} of its seconds."]
+
+
+def _beyond(line: Line) -> str:
+    further = "higher" if line.edge == "highest" else "lower"
+    return (
+        f"{LABELS[line.optimizer]}'s best learning rate, {line.lr:g}, is the {line.edge} of the {line.rates} tried: "
+        f"a {further} one may be better (--lr)."
+    )
 
 
 def _list(words: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from emerging_optimizers.precision import add_matrix_product_, fp32_matmul_precision, is_alone_and_large, matrix_product
+from emerging_optimizers.precision import add_matrix_product_, fp32_matmul_precision, matrix_product
 from emerging_optimizers.soap import state
 from emerging_optimizers.soap.incidents import report
 
@@ -62,8 +62,7 @@ def _eigh(matrices: Tensor) -> Tensor:
 
 def _householder(matrices: Tensor) -> Tensor:
     if matrices.device.type == "cpu" and matrices.shape[-1] >= PANELS_FROM:
-        # The products are of parts of the matrices, which oneDNN would copy for a stack.
-        with fp32_matmul_precision("highest", matrices if is_alone_and_large(matrices) else None):
+        with fp32_matmul_precision("highest", matrices):
             return _householder_by_panels(matrices)
     # torch.linalg.qr would also spend time on R.
     orthonormal: Tensor = torch.linalg.householder_product(*torch.geqrf(matrices))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from emerging_optimizers.mixin import WeightDecayMixin
 from emerging_optimizers.precision import MATMUL_PRECISIONS
 from emerging_optimizers.soap.refresh import SECOND_MOMENT_REFRESHES
 from emerging_optimizers.soap.state import STATE_DTYPES
+
+logger = logging.getLogger(__name__)
 
 NONFINITE_POLICIES = ("skip", "raise", "propagate")
 
@@ -154,6 +158,22 @@ def _require_integer(name: str, value: object, low: int, also: str = "") -> None
 def _require_flag(name: str, value: object, wanted: str) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"Invalid {name}: {value!r} (wanted {wanted})")
+
+
+def warn_of_misspelt_options(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Logs a warning for each entry of a parameter group that is no option but is spelt much like one.
+
+    Entries of any other name are the user's own, or a learning-rate scheduler's, as with torch's optimizers.
+
+    Args:
+        group: The group as given.
+        options: The options that there are.
+    """
+    for key in group:
+        if key not in options and (close := get_close_matches(str(key), options, n=1, cutoff=0.8)):
+            logger.warning(
+                "A parameter group has %r, which is no option and has no effect. Did you mean %r?", key, close[0]
+            )
 
 
 def name_of(group: dict[str, Any], index: int) -> str:

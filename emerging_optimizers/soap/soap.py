@@ -22,7 +22,7 @@ from emerging_optimizers.soap.functional import (
     update_kronecker_factors_kl_shampoo,
 )
 from emerging_optimizers.soap.layout import layout_for
-from emerging_optimizers.soap.options import check_params, name_of, validate_options
+from emerging_optimizers.soap.options import check_params, name_of, validate_options, warn_of_misspelt_options
 from emerging_optimizers.soap.ownership import place_parameters
 from emerging_optimizers.soap.placement import Grid, Grids, local_tensor, warn_if_flattened
 from emerging_optimizers.soap.rounds import Plan
@@ -233,6 +233,7 @@ class SOAP(WeightDecayMixin, Optimizer):
         """
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
             validate_options({**self.defaults, **param_group})
+            warn_of_misspelt_options(param_group, self.defaults)
         super().add_param_group(param_group)
         for index, parameter in enumerate(self.param_groups[-1]["params"]):
             warn_if_flattened(parameter, name_of(self.param_groups[-1], index))

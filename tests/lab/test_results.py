@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -116,6 +117,20 @@ def test_the_verdict_gives_cost_and_clock(record: Make) -> None:
     quick = record("muon", [5.0, 2.0, 1.5])
     words = verdict(summarise([adamw, soap, quick]), "loss", True)
     assert "By the clock, Muon is first at AdamW's best, after 50% of its seconds." in words
+
+
+def test_a_best_rate_at_the_edge_of_its_sweep_is_said(record: Make) -> None:
+    def raced(best_of_rates: dict[float, float]) -> str:
+        runs = [replace(record("soap", [5.0, best]), lr=rate) for rate, best in best_of_rates.items()]
+        return verdict(summarise([*runs, record("adamw", [5.0, 3.0])]), "loss", True)
+
+    rising = raced({0.001: 3.0, 0.01: 2.0, 0.1: 1.0})
+    assert "SOAP's best learning rate, 0.1, is the highest of the 3 tried: a higher one may be better (--lr)." in rising
+    falling = raced({0.01: 2.0, 0.1: 3.0})
+    assert "SOAP's best learning rate, 0.01, is the lowest of the 2 tried: a lower one may be better (--lr)." in falling
+    assert "may be better" not in raced({0.001: 3.0, 0.01: 1.0, 0.1: 2.0})
+    assert "may be better" not in raced({0.01: 1.0})
+    assert "AdamW's best learning rate" not in rising
 
 
 def test_a_winner_must_be_ahead_on_every_seed(record: Make) -> None:

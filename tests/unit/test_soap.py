@@ -563,3 +563,27 @@ def test_the_top_level_has_the_optimizer_and_imports_no_torch_before_it_is_asked
     look += "from emerging_optimizers.soap import SOAP as same; assert SOAP is same; e.nothing"
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=False)
     assert done.stderr.endswith("AttributeError: module 'emerging_optimizers' has no attribute 'nothing'\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("precondition_freqency", "precondition_frequency"), ("weight_deacy", "weight_decay"), ("beta", "betas")],
+)
+def test_a_misspelt_option_of_a_group_is_said(key: str, meant: str, caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = SOAP([{"params": [nn.Parameter(torch.ones(2, 2))], key: 1}], lr=0.1)
+    assert (
+        f"A parameter group has {key!r}, which is no option and has no effect. Did you mean {meant!r}?" in caplog.text
+    )
+    caplog.clear()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], key: 1})
+    assert repr(meant) in caplog.text
+
+
+def test_entries_of_a_group_that_are_somebody_elses_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    theirs = {"name": "decoder", "lr_scale": 2.0, "initial_lr": 0.1, "is_bias": False, "layer": 3}
+    optimizer = SOAP([{"params": [("w", parameter)], **theirs}], lr=0.1, stagger_updates=True)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
+    SOAP(optimizer.param_groups, lr=0.1)  # with what the scheduler and the optimizer have added
+    assert not caplog.text
+    assert optimizer.param_groups[0]["lr_scale"] == 2.0
