@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from threading import RLock
 from typing import Any
@@ -21,7 +21,7 @@ MATMUL_PRECISIONS: dict[str, tuple[str, str]] = {
 #: Matrix units, as ``torch.cpu.get_capabilities`` names them.
 AMX = ("amx_tile", "amx_bf16", "amx_fp16", "amx_int8")
 
-#: On AMD CPUs, products with a dimension of at least this go to oneDNN, which takes 0.84 to 0.92 of MKL's time for them
+#: On AMD CPUs, products with a dimension of at least this go to oneDNN, which takes 0.6 to 0.95 of MKL's time for them
 #: (``benchmarks/matmul_rates.py``).
 ONEDNN_FROM = 192
 
@@ -57,25 +57,29 @@ def fp32_matmul_precision(precision: str, operand: Tensor | None = None) -> Iter
     """
     if precision not in MATMUL_PRECISIONS:
         raise ValueError(f"Invalid matmul precision: {precision!r} (wanted one of {sorted(MATMUL_PRECISIONS)})")
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     with _lock:
-        wanted = MATMUL_PRECISIONS[precision]
+        on_cuda, on_cpu = MATMUL_PRECISIONS[precision]
         if operand is not None and _is_large(operand, ONEDNN_FROM) and _onednn_is_faster_and_exact():
-            wanted = (wanted[0], "bf16")
-        before = tuple(backend.fp32_precision for backend in backends)
-        if before == wanted:
+            on_cpu = "bf16"
+        with _setting(torch.backends.cuda.matmul, on_cuda), _setting(torch.backends.mkldnn.matmul, on_cpu):  # type: ignore[attr-defined]
             yield
-            return
-        try:
-            for backend, value in zip(backends, wanted, strict=True):
-                backend.fp32_precision = value
-            yield
-        finally:
-            for backend, value in zip(backends, before, strict=True):
-                # A value that came from a more general setting must come from there again, and not be pinned here.
-                backend.fp32_precision = "none"
-                if backend.fp32_precision != value:
-                    backend.fp32_precision = value
+
+
+@contextmanager
+def _setting(backend: Any, wanted: str) -> Iterator[None]:
+    """One backend's switch, for a while."""
+    before = backend.fp32_precision
+    if before == wanted:
+        yield
+        return
+    backend.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        # A value that came from a more general setting must come from there again, and not be pinned here.
+        backend.fp32_precision = "none"
+        if backend.fp32_precision != before:
+            backend.fp32_precision = before
 
 
 def matrix_product(left: Tensor, right: Tensor) -> Tensor:
@@ -96,8 +100,8 @@ def add_matrix_product_(target: Tensor, left: Tensor, right: Tensor, *, beta: fl
         if beta != 1:
             target.mul_(beta)
         target[0].addmm_(left[0], right[0], alpha=alpha)
-    elif beta == 1:
-        target.baddbmm_(left, right, alpha=alpha)
+    elif beta == 1 or target.device.type != "cpu":
+        target.baddbmm_(left, right, beta=beta, alpha=alpha)
     else:
         with _without_onednn():
             target.baddbmm_(left, right, beta=beta, alpha=alpha)
@@ -107,14 +111,9 @@ def add_matrix_product_(target: Tensor, left: Tensor, right: Tensor, *, beta: fl
 def _without_onednn() -> Iterator[None]:
     """Leaves the enclosed products to torch's BLAS, if it was :func:`fp32_matmul_precision` who handed them on."""
     backend = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    if backend.fp32_precision != "bf16" or not _onednn_is_faster_and_exact():
+    handed_on = backend.fp32_precision == "bf16" and _onednn_is_faster_and_exact()
+    with _setting(backend, "ieee") if handed_on else nullcontext():
         yield
-        return
-    backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        backend.fp32_precision = "bf16"
 
 
 def _is_alone_and_large(stack: Tensor) -> bool:

@@ -142,6 +142,20 @@ def test_only_what_was_handed_to_onednn_is_taken_back(faster: bool, monkeypatch:
         assert current() == "ieee"
 
 
+@pytest.mark.usefixtures("on_amd")
+def test_what_is_taken_back_from_onednn_is_not_pinned() -> None:
+    before = torch.backends.mkldnn.fp32_precision
+    try:
+        torch.backends.mkldnn.fp32_precision = "bf16"  # by the user, for all of oneDNN
+        with precision._without_onednn():
+            assert current() == "ieee"
+        assert current() == "bf16"
+        torch.backends.mkldnn.fp32_precision = "ieee"
+        assert current() == "ieee"
+    finally:
+        torch.backends.mkldnn.fp32_precision = before
+
+
 @pytest.mark.parametrize("operand", [LARGE, None], ids=["large", "small"])
 @pytest.mark.parametrize("name", ["highest", "high"])
 def test_products_are_float32_whoever_computes_them(name: str, operand: Tensor | None) -> None:
