@@ -51,13 +51,11 @@ def adam_direction(
     tensors = (grad, exp_avg, exp_avg_sq)
     if finite is None and not use_nesterov and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
         return _fused_direction(*tensors, step=step if correct_bias else math.inf, betas=betas, eps=eps)
+    move_first_moment_(exp_avg, grad, beta1, finite)
     if finite is None:
-        exp_avg.lerp_(grad, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     else:
-        live = finite.to(grad.dtype)
-        exp_avg.lerp_(grad, live * (1 - beta1))
-        exp_avg_sq.lerp_(grad.square(), live * (1 - beta2))
+        exp_avg_sq.lerp_(grad.square(), finite.to(grad.dtype) * (1 - beta2))
 
     correction1 = 1 - beta1**step if correct_bias else 1.0
     correction2 = 1 - beta2**step if correct_bias else 1.0
@@ -73,6 +71,11 @@ def adam_direction(
         # With eps = 0 an untouched entry is 0 / 0, so the mask must choose rather than multiply.
         direction = torch.where(finite, direction, 0.0)
     return direction
+
+
+def move_first_moment_(exp_avg: Tensor, grad: Tensor, beta1: float, finite: Tensor | None = None) -> Tensor:
+    """``M <- beta1 M + (1 - beta1) G``, in place, but where the mask is false; returns ``M``."""
+    return exp_avg.lerp_(grad, 1 - beta1 if finite is None else finite.to(grad.dtype) * (1 - beta1))
 
 
 def _fused_direction(

@@ -106,12 +106,24 @@ def kronecker_estimate(v: Tensor, eigenvalues: dict[int, Tensor]) -> Tensor:
     return v.sum() * product / product.sum()
 
 
+def rotated(x: Tensor, bases: dict[int, Tensor]) -> Tensor:
+    """Every axis with a basis contracted with its columns."""
+    for axis, basis in bases.items():
+        x = contract(x, axis, basis)
+    return x
+
+
+def rotated_back(x: Tensor, bases: dict[int, Tensor]) -> Tensor:
+    """The inverse of :func:`rotated`."""
+    return rotated(x, {axis: basis.T for axis, basis in bases.items()})
+
+
 class OracleSOAP:
     """SOAP on a list of arrays, which are copied; ``weights`` holds the current values.
 
     Per-tensor state is a dict: ``t`` steps done, ``M`` and ``V`` in the working shape, ``K`` and ``Q`` dicts from
     axis to factor and basis (``Q`` empty while there is no basis), ``refresh_step`` as in the package (1-based,
-    0 for never).
+    0 for never), ``unrotated`` whether ``M`` is in the original space although there is a basis.
     ``events`` counts what happened, so that a test can assert that an option was really exercised.
     ``adopt_basis``, when given, is asked at every refreshed factor which basis to go on with.
     """
@@ -190,6 +202,7 @@ class OracleSOAP:
                     "K": {axis: torch.zeros(shape[axis], shape[axis], dtype=torch.float64) for axis in axes},
                     "Q": {},
                     "refresh_step": 0,
+                    "unrotated": False,
                 }
             )
 
@@ -204,6 +217,7 @@ class OracleSOAP:
     def _step_one(self, index: int, w: Tensor, g: Tensor) -> Tensor:
         s = self.state[index]
         t, i = s["t"], s["t"] + 1
+        outside = None
 
         # 1. sign and regularisation, then everything happens in the working shape
         if self.maximize:
@@ -219,6 +233,11 @@ class OracleSOAP:
                 b = 1 - (1 - b) / (1 - b**i)
             s["K"] = self._updated_factors(s, g, b)
             due = self._due_axes(index, s, t)
+            stays = bool(s["Q"]) and self._every_step(t)
+            if s["unrotated"] and not stays:
+                s["M"], s["unrotated"] = self._as_kept(rotated(s["M"], s["Q"])), False
+            if stays:
+                outside = s["M"] if s["unrotated"] else rotated_back(s["M"], s["Q"])
             if due:
                 self._refresh(index, s, i, due)
 
@@ -229,9 +248,7 @@ class OracleSOAP:
             w = w - self.weight_decay * w
 
         # 6. into the eigenbasis
-        g_rot = g
-        for axis, basis in s["Q"].items():
-            g_rot = contract(g_rot, axis, basis)
+        g_rot = rotated(g, s["Q"])
 
         # 7. Adam
         s["M"] = self.beta1 * s["M"] + (1 - self.beta1) * g_rot
@@ -243,11 +260,12 @@ class OracleSOAP:
         if self.use_nesterov:
             m_hat = self.beta1 * s["M"] / next1 + (1 - self.beta1) * g_rot / now1
         u = m_hat / (torch.sqrt(s["V"] / now2) + self.eps)
+        if outside is not None:
+            s["M"], s["unrotated"] = self.beta1 * outside + (1 - self.beta1) * g, True
         s["M"] = self._as_kept(s["M"])
 
         # 8. out of the eigenbasis, and the clip
-        for axis, basis in s["Q"].items():
-            u = contract(u, axis, basis.T)
+        u = rotated_back(u, s["Q"])
         if self.max_update_rms > 0:
             factor = min(1.0, self.max_update_rms / (float(torch.sqrt(torch.mean(u**2))) + 1e-7))
             self.events["clipped" if factor < 1 else "not clipped"] += 1
@@ -297,11 +315,18 @@ class OracleSOAP:
             return []
         if not s["Q"]:
             return list(s["K"]) if any(bool((factor != 0).any()) for factor in s["K"].values()) else []
-        f = self.precondition_frequency
-        f = f(t) if callable(f) else f
+        f = self._frequency(t)
         if f < 1:
             raise ValueError(f"precondition_frequency must be at least 1, got {f}")
         return [axis for axis in s["K"] if (t - (self.place(index, axis, f) if self.place else 0)) % f == 0]
+
+    def _frequency(self, t: int) -> int:
+        f = self.precondition_frequency
+        return f(t) if callable(f) else f
+
+    def _every_step(self, t: int) -> bool:
+        """Whether M is kept in the original space after this step: where a refresh would take it out at each."""
+        return t >= self.adam_warmup_steps and self._frequency(t) == 1 and not self.use_adaptive_criteria
 
     def _refresh(self, index: int, s: dict, i: int, due: Sequence[int]) -> None:
         """Step 4."""
@@ -335,12 +360,7 @@ class OracleSOAP:
             self.events["adopted"] += new[axis] is not own
 
         # M keeps its value in the original space
-        m = s["M"]
-        for axis, basis in old.items():
-            m = contract(m, axis, basis.T)
-        for axis, basis in new.items():
-            m = contract(m, axis, basis)
-        s["M"] = m
+        s["M"] = rotated(s["M"] if s["unrotated"] else rotated_back(s["M"], old), new)
 
         if first or (self.second_moment_refresh == "kronecker" and any_refreshed):
             s["V"] = kronecker_estimate(s["V"], {axis: rayleigh(k, new[axis]) for axis, k in s["K"].items()})

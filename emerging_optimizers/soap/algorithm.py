@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emerging_optimizers.adam import adam_direction, raise_to_floor
+from emerging_optimizers.adam import adam_direction, move_first_moment_, raise_to_floor
 from emerging_optimizers.mixin import WeightDecayMixin, scalar_lr
 from emerging_optimizers.soap import kronecker, state
 from emerging_optimizers.soap.buckets import NO_AXIS, Run, stretches
@@ -87,14 +87,18 @@ def _update(
         finite: (B,), false for those that are to stay as they are.
     """
     bases: list[Tensor | None] | None = None
+    original = None
+    projected = grad
     if run.layout is not None:
         _update_factors(run, grad, group, finite)
-        if _refresh_if_due(run, group, timetable, finite):
+        original = _moment_outside(run, group, timetable)
+        if _refresh_if_due(run, group, timetable, finite, original):
             bases = run.matrices("Q")
-            grad = kronecker.project(grad, bases)
+            projected = kronecker.project(grad, bases)
     exp_avg = run.moment("exp_avg")
+    mask = None if finite is None else run.spread(finite)
     direction = adam_direction(
-        grad,
+        projected,
         exp_avg,
         run.moment("exp_avg_sq"),
         step=run.step + 1,
@@ -102,9 +106,13 @@ def _update(
         eps=group["eps"],
         correct_bias=group["correct_bias"],
         use_nesterov=group["use_nesterov"],
-        finite=None if finite is None else run.spread(finite),
+        finite=mask,
     )
-    run.keep("exp_avg", exp_avg)
+    if original is None:
+        run.keep("exp_avg", exp_avg)
+    else:
+        run.keep("exp_avg", move_first_moment_(original, grad, group["betas"][0], mask))
+        run.counters("unrotated").fill_(1)
     if bases is not None:
         direction = kronecker.project_back(direction, bases)
     if group["max_update_rms"] > 0:
@@ -157,8 +165,31 @@ def _update_factors(run: Run, grad: Tensor, group: dict[str, Any], finite: Tenso
     run.keep_matrices("GG", factors)
 
 
-def _refresh_if_due(run: Run, group: dict[str, Any], timetable: Timetable, finite: Tensor | None) -> bool:
+def _moment_outside(run: Run, group: dict[str, Any], timetable: Timetable) -> Tensor | None:
+    """A copy of the first moment in the original space where it stays there, which spares taking it out every time.
+
+    That is where all bases are refreshed at every step. Where they no longer are, the moment moves into them.
+    """
+    if run.based and timetable.every_step(run.step) and not group["use_adaptive_criteria"]:
+        moment = run.moment("exp_avg")
+        return moment.clone() if run.unrotated else kronecker.project_back(moment, run.matrices("Q"))
+    if run.unrotated:
+        run.keep("exp_avg", kronecker.project(run.moment("exp_avg"), run.matrices("Q")))
+        run.counters("unrotated").zero_()
+    return None
+
+
+def _refresh_if_due(
+    run: Run, group: dict[str, Any], timetable: Timetable, finite: Tensor | None, original: Tensor | None
+) -> bool:
     """Step 4: new eigenbases, with the moments carried into them, where they are due.
+
+    Args:
+        run: The neighbours.
+        group: Their parameter group.
+        timetable: Which bases are refreshed.
+        finite: (B,), false for those that are to stay as they are.
+        original: Their first moment in the original space, if it is at hand.
 
     Returns:
         Whether any of the neighbours has a basis now; ``Q`` is the identity for one that has none.
@@ -168,8 +199,8 @@ def _refresh_if_due(run: Run, group: dict[str, Any], timetable: Timetable, finit
         due = [timetable.due_axes(index, layout, run.step) for index in run.indices]
         for start, stop in stretches(due):
             if due[start]:
-                part = None if finite is None else finite[start:stop]
-                _refresh(run.part(start, stop), group, due[start], part)
+                part, outside = (None if of_all is None else of_all[start:stop] for of_all in (finite, original))
+                _refresh(run.part(start, stop), group, due[start], part, outside)
         return True
     if run.step < group["adam_warmup_steps"]:
         return False
@@ -179,11 +210,13 @@ def _refresh_if_due(run: Run, group: dict[str, Any], timetable: Timetable, finit
     wanted = (alive if finite is None else alive & finite).tolist()
     for start, stop in stretches(wanted):
         if wanted[start]:
-            _refresh(run.part(start, stop), group, layout.axes, None)
+            _refresh(run.part(start, stop), group, layout.axes, None, None)
     return any(wanted)
 
 
-def _refresh(run: Run, group: dict[str, Any], axes: tuple[int, ...], finite: Tensor | None) -> None:
+def _refresh(
+    run: Run, group: dict[str, Any], axes: tuple[int, ...], finite: Tensor | None, original: Tensor | None
+) -> None:
     """Refreshes these axes' bases of all neighbours, except where ``finite`` is false."""
     exp_avg, exp_avg_sq, bases = run.moment("exp_avg"), run.moment("exp_avg_sq"), run.matrices("Q")
 
@@ -195,6 +228,7 @@ def _refresh(run: Run, group: dict[str, Any], axes: tuple[int, ...], finite: Ten
         bases if run.based else None,
         exp_avg,
         exp_avg_sq,
+        original=original,
         axes=axes,
         use_eigh=group["use_eigh"],
         adaptive_tolerance=group["adaptive_update_tolerance"] if group["use_adaptive_criteria"] else None,
@@ -204,6 +238,7 @@ def _refresh(run: Run, group: dict[str, Any], axes: tuple[int, ...], finite: Ten
     )
     new_exp_avg_sq = raise_to_floor(refreshed.exp_avg_sq, refreshed.exp_avg, run.step, group["betas"])
     run.keep("exp_avg", where_finite(refreshed.exp_avg, exp_avg))
+    run.counters("unrotated").zero_()
     run.keep("exp_avg_sq", where_finite(new_exp_avg_sq, exp_avg_sq))
     pairs = zip(refreshed.bases, bases, strict=True)
     run.keep_matrices("Q", [None if n is None or o is None else where_finite(n, o) for n, o in pairs])

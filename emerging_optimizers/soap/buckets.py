@@ -136,10 +136,12 @@ class Bucket:
             grads: The members' gradients, shaped like :attr:`tensors`.
         """
         steps = self.stacks["step"].tolist()
-        refresh_steps = self.stacks["refresh_step"].tolist() if self.layout else [0.0] * len(steps)
+        none = [0.0] * len(steps)
+        refresh_steps = self.stacks["refresh_step"].tolist() if self.layout else none
+        unrotated = self.stacks["unrotated"].tolist() if self.layout else none
         clocks = [
-            None if grad is None else (int(step), refresh_step > 0)
-            for grad, step, refresh_step in zip(grads, steps, refresh_steps, strict=True)
+            None if grad is None else (int(step), refresh_step > 0, flag > 0)
+            for grad, step, refresh_step, flag in zip(grads, steps, refresh_steps, unrotated, strict=True)
         ]
         for start, stop in stretches(clocks):
             clock = clocks[start]
@@ -156,13 +158,22 @@ class Run:
         stop: One past the last.
         step: The steps that they have done.
         based: Whether they have an eigenbasis.
+        unrotated: Whether their first moment is in the original space all the same.
         grads: Their gradients.
     """
 
     def __init__(
-        self, bucket: Bucket, start: int, stop: int, step: int, based: bool, grads: Sequence[Tensor | None]
+        self,
+        bucket: Bucket,
+        start: int,
+        stop: int,
+        step: int,
+        based: bool,
+        unrotated: bool,
+        grads: Sequence[Tensor | None],
     ) -> None:
-        self.bucket, self.start, self.stop, self.step, self.based = bucket, start, stop, step, based
+        self.bucket, self.start, self.stop = bucket, start, stop
+        self.step, self.based, self.unrotated = step, based, unrotated
         self.grads = [grad for grad in grads if grad is not None]
         self.layout = bucket.layout
         self.parameters = bucket.parameters[start:stop]
@@ -174,7 +185,8 @@ class Run:
         if (start, stop) == (0, len(self.parameters)):
             return self
         grads = self.grads[start:stop]
-        return Run(self.bucket, self.start + start, self.start + stop, self.step, self.based, grads)
+        clock = (self.step, self.based, self.unrotated)
+        return Run(self.bucket, self.start + start, self.start + stop, *clock, grads)
 
     def part_of(self, joined: Tensor, start: int, stop: int) -> Tensor:
         """What :meth:`join` would have made of :meth:`part`, as a view of what it made of all."""

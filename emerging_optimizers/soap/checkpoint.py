@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 NOT_SAVED = "callable, not saved"
 
 #: State that did not always exist: it starts afresh where a saved state does not have it.
-LATER_KEYS = ("skipped_steps", "failed_refreshes")
+LATER_KEYS = ("skipped_steps", "failed_refreshes", "unrotated")
 
-COUNTERS = (*HOST_KEYS, *LATER_KEYS)
+COUNTERS = tuple(dict.fromkeys([*HOST_KEYS, *LATER_KEYS]))
 LARGEST_COUNT = 2**53  # float64 counts no further
 
 

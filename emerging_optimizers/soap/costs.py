@@ -15,7 +15,10 @@ def step_flops(layout: Layout) -> int:
 
 
 def refresh_flops(layout: Layout, axis: int) -> int:
-    """Roughly what a refresh of one axis costs: ``K Q``, its QR, and the first moment out of the basis and in again."""
+    """Roughly what a refresh of one axis costs: ``K Q``, its QR, and the first moment out of the basis and in again.
+
+    At frequency 1 the moment stays outside, so that this is ``2 numel d`` too much.
+    """
     size = layout.shape[axis]
     return 2 * size**3 + 4 * size**3 + 4 * prod(layout.shape) * size
 

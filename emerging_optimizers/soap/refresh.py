@@ -36,6 +36,7 @@ def refresh_eigenbasis_and_moments(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     *,
+    original: Tensor | None = None,
     axes: Sequence[int] | None = None,
     use_eigh: bool = False,
     adaptive_tolerance: float | None = None,
@@ -55,6 +56,7 @@ def refresh_eigenbasis_and_moments(
         bases: ``Q_k`` per axis; None for the first refresh, where the moments are in the original space.
         exp_avg: ``M``, (B, d_1, .., d_N), in the present bases.
         exp_avg_sq: ``V``, likewise.
+        original: ``M`` in the original space, if it is at hand: it is then not taken out of the present bases.
         axes: The axes whose basis is refreshed; None: all that have a factor.
         use_eigh: Decompose instead of iterating.
         adaptive_tolerance: Leave a factor's basis alone where it holds at this tolerance; None: never.
@@ -90,9 +92,12 @@ def refresh_eigenbasis_and_moments(
         any_refreshed |= axis_result.refreshed
         any_failed |= axis_result.failed
 
-    # Only along the axes that were refreshed: the other bases would take it out and in again.
-    original = exp_avg if bases is None else project_back(exp_avg, _where(turned, bases))
-    carried = project(original, _where(turned, new_bases))
+    if original is not None:
+        carried = project(original, new_bases)
+    else:
+        # Only along the axes that were refreshed: the other bases would take it out and in again.
+        outside = exp_avg if bases is None else project_back(exp_avg, _where(turned, bases))
+        carried = project(outside, _where(turned, new_bases))
     new_exp_avg = carried
     if adaptive_tolerance is not None:
         new_exp_avg = torch.where(along_stack(any_refreshed, exp_avg), carried, exp_avg)

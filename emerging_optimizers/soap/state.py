@@ -12,7 +12,7 @@ from emerging_optimizers.soap.layout import Layout, layout_for
 from emerging_optimizers.soap.packing import packed_size
 
 #: State that the host reads at every step and that is therefore on the CPU.
-HOST_KEYS = ("step", "refresh_step")
+HOST_KEYS = ("step", "refresh_step", "unrotated")
 
 #: What ``state_dtype`` may be besides None.
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -32,8 +32,9 @@ def init_state(
 ) -> None:
     """Fills an empty state. Its keys depend on the layout alone, so every process that trains a model has the same.
 
-    ``step`` and ``refresh_step`` (the value of ``step`` after the last refresh that was due, 0 without a basis) are on
-    the CPU, where the host reads them without waiting, and float64: a float32 counter stands still at 2**24, and with
+    ``step``, ``refresh_step`` (the value of ``step`` after the last refresh that was due, 0 without a basis) and
+    ``unrotated`` (1 where ``exp_avg`` is in the original space although there is a basis, else 0) are on the CPU, where
+    the host reads them without waiting. The first two are float64: a float32 counter stands still at 2**24, and with
     it the refreshes. Everything else is on the parameter's device. ``Q_k`` is the identity until there is a basis.
 
     Args:
@@ -54,6 +55,7 @@ def init_state(
     state["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
     if layout.axes:
         state["refresh_step"] = torch.zeros((), dtype=torch.float64, device="cpu")
+        state["unrotated"] = torch.zeros((), dtype=torch.int64, device="cpu")
         state["failed_refreshes"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
     for axis in layout.axes:
         size = layout.shape[axis]

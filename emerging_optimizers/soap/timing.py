@@ -49,11 +49,18 @@ class Timetable:
                 step: refresh_frequency(frequency, step) for step in steps if step >= group["adam_warmup_steps"]
             }
 
+    def every_step(self, step: int) -> bool:
+        """Whether a tensor with a basis has all of it refreshed at ``step`` and, by the frequency then, at the next."""
+        return step >= self._group["adam_warmup_steps"] and self._frequency(step) == 1
+
+    def _frequency(self, step: int) -> int:
+        return self._frequencies[step] if isinstance(self._frequencies, dict) else self._frequencies
+
     def due_axes(self, index: int, layout: Layout, step: int) -> tuple[int, ...]:
         """The axes that are refreshed at ``step``, for the parameter with this index in the group; it has a basis."""
         if step < self._group["adam_warmup_steps"]:
             return ()
-        frequency = self._frequencies[step] if isinstance(self._frequencies, dict) else self._frequencies
+        frequency = self._frequency(step)
         if not self._group["stagger_updates"]:
             return layout.axes if step % frequency == 0 else ()
         if frequency not in self._offsets:

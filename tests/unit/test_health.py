@@ -93,7 +93,15 @@ def test_every_measurement_equals_a_direct_float64_computation(dtype: torch.dtyp
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"correct_bias": False}, {"max_update_rms": 0.1}, {"max_precond_dim": 0}, {"eps": 0.1}, {"merge_dims": True}],
+    [
+        {},
+        {"correct_bias": False},
+        {"max_update_rms": 0.1},
+        {"max_precond_dim": 0},
+        {"eps": 0.1},
+        {"merge_dims": True},
+        {"precondition_frequency": 1},
+    ],
 )
 def test_the_update_rms_is_that_of_the_last_step(options: dict[str, Any]) -> None:
     optimizer = trained(steps=14, shapes=((6, 4, 3),), weight_decay=0.0, dtype=torch.float64, **options)

@@ -9,6 +9,7 @@ refreshes); everywhere else the oracle's own basis is used. In float32 it happen
 eigenvector moves by roundoff / gap, which is no error of the optimizer.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -252,6 +253,11 @@ class Pair:
         assert float(state["step"]) == s["t"]
         if s["K"]:
             assert float(state["refresh_step"]) == s["refresh_step"]
+            assert float(state["unrotated"]) == s["unrotated"]
+        m = s["M"].reshape(p.shape)
+        if not s["K"] or s["unrotated"]:  # elsewhere it turns with the signs of a basis, which are open
+            gap = (state["exp_avg"].to(torch.float64) - m).abs().max() / m.abs().max().clamp(min=1e-30)
+            assert gap <= GAP[self.dtype], f"first moments of tensor {index} are {gap:.1e} apart"
         assert {name for name in state if name.startswith("GG_")} == {f"GG_{axis}" for axis in s["K"]}
         for axis, factor in s["K"].items():
             theirs = state[f"GG_{axis}"].to(torch.float64)
@@ -367,14 +373,17 @@ def test_the_default_eps_equals_the_oracle_where_the_factors_have_full_rank(path
 
 @pytest.mark.parametrize("path", ["qr", "eigh"])
 @pytest.mark.parametrize("refresh", ["rank", "kronecker"])
+@pytest.mark.parametrize("frequency", [1, 3])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_state_that_is_rounded_equals_the_oracle_that_rounds(path: str, refresh: str, state_dtype: torch.dtype) -> None:
+def test_state_that_is_rounded_equals_the_oracle_that_rounds(
+    path: str, refresh: str, frequency: int, state_dtype: torch.dtype
+) -> None:
     # Float64 arithmetic, so that nothing but an exact tie is rounded otherwise; no short decimal for a beta, which
     # makes ties of float32 gradients; full rank as above, so that every basis is the oracle's own.
     shapes = [SHAPES["2-D tall"], SHAPES["2-D tall"], SHAPES["3-D"], SHAPES["1-D"]]
     options = base_options(
         adam_warmup_steps=4,
-        precondition_frequency=3,
+        precondition_frequency=frequency,
         use_eigh=path == "eigh",
         second_moment_refresh=refresh,
         betas=(math.pi / 3.5, 0.95),
@@ -404,6 +413,28 @@ def test_a_gradient_that_depends_on_the_weights_equals_the_oracle(path: str, use
         pair.soap.step()
         pair.oracle.step([a @ w_oracle @ b])
         pair.compare(0)
+
+
+@pytest.mark.parametrize("masks", [False, True], ids=["branches", "masks"])
+@pytest.mark.parametrize("options", [{}, {"stagger_updates": True}, {"use_adaptive_criteria": True}], ids=str)
+@pytest.mark.parametrize("use_eigh", [False, True], ids=["qr", "eigh"])
+def test_a_frequency_that_comes_and_goes_from_one_equals_the_oracle(
+    use_eigh: bool, options: dict, masks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_module, "masks_on", lambda device: masks)
+    shapes = [SHAPES["2-D tall"], SHAPES["2-D tall"], SHAPES["3-D"], SHAPES["1-D"]]
+
+    def frequency(step: int) -> int:
+        return 1 if step % 11 < 5 else 3
+
+    case = base_options(adam_warmup_steps=2, precondition_frequency=frequency, use_eigh=use_eigh) | options
+    pair = Pair(shapes, case, torch.float64)
+    seen = []
+    for t, grads in enumerate(anisotropic_gradients(shapes, seed=9)):
+        pair.step([g if index != 1 or t % 4 else None for index, g in enumerate(grads)])
+        seen.append(bool(pair.oracle.state[0]["unrotated"]))
+    changes = sum(a != b for a, b in itertools.pairwise(seen))
+    assert changes == (0 if "use_adaptive_criteria" in options else 6)
 
 
 def test_a_learning_rate_schedule_equals_the_oracle() -> None:

@@ -45,7 +45,7 @@ MODES = {
     "packed, bfloat16": {"pack_factors": True, "state_dtype": torch.bfloat16, "precondition_frequency": 3},
 }
 
-COUNTERS = ("step", "refresh_step", "skipped_steps", "failed_refreshes")
+COUNTERS = ("step", "refresh_step", "unrotated", "skipped_steps", "failed_refreshes")
 
 
 class Everything(nn.Module):
@@ -277,6 +277,27 @@ def test_a_sparse_or_complex_gradient_is_an_error_before_anything_changes(kind: 
     with pytest.raises(RuntimeError, match=message):
         optimizer.step()
     assert torch.equal(parameters[0], torch.ones(3, 3))
+
+
+@pytest.mark.parametrize("kept", [None, torch.bfloat16])
+def test_at_frequency_one_the_first_moment_is_adams_own_until_the_frequency_is_another(
+    kept: torch.dtype | None,
+) -> None:
+    weight = nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))
+    optimizer = SOAP([weight], lr=0.1, precondition_frequency=1, state_dtype=kept)
+    average = torch.zeros(4, 6)
+    for seed in range(8):
+        weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        average.lerp_(weight.grad, 0.1)
+        if seed == 6:
+            optimizer.param_groups[0]["precondition_frequency"] = 5
+        optimizer.step()
+        state = optimizer.state[weight]
+        assert int(state["unrotated"]) == (0 < seed < 6)  # with the first basis it moves, whatever the frequency
+        outside = state["exp_avg"].float()
+        if not state["unrotated"]:
+            outside = state["Q_0"].float() @ outside @ state["Q_1"].float().T
+        torch.testing.assert_close(outside, average, rtol=0, atol=1e-6 if kept is None else 2e-2)
 
 
 def test_a_parameter_without_gradient_keeps_its_own_clock() -> None:
