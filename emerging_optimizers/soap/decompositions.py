@@ -88,13 +88,16 @@ def _householder_by_panels(rest: Tensor) -> Tensor:
         minus_t = torch.linalg.solve_triangular(system, torch.diag_embed(-tau), upper=True, unitriangular=True)
         minus_vt = matrix_product(minus_t.mT, v.mT).mT  # by columns, as geqrf returns v: products of such are faster
         reflections.append((start, v, minus_vt))
-        right = rest[:, start:, stop:]
-        add_matrix_product_(right, v, matrix_product(minus_vt.mT, right))
+        # Of the rows that the panel reaches its own would be R's, which is not wanted.
+        along = matrix_product(minus_vt.mT, rest[:, start:, stop:])
+        add_matrix_product_(rest[:, stop:, stop:], v[:, stop - start :], along)
     result = rest.zero_()  # R is not wanted, and on a CPU new memory costs as much as a product
     result.diagonal(dim1=-2, dim2=-1).fill_(1)
     for start, v, minus_vt in reversed(reflections):
         corner = result[:, start:, start:]  # what is left of it and above is still the identity's
-        add_matrix_product_(corner, minus_vt, matrix_product(v.mT, corner))
+        width = v.shape[-1]  # and of itself these rows and columns
+        along = matrix_product(v[:, width:].mT, corner[:, width:, width:])
+        add_matrix_product_(corner, minus_vt, torch.cat([v[:, :width].mT, along], -1))
     return result
 
 

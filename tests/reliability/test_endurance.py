@@ -51,12 +51,12 @@ ITERATED = {
         "qr_fp32_matmul_prec": "medium",
     },
 }
-LONG = 20_000
+LONG = {"default": 20_000, "kl": 10_000, "kronecker, 2 power steps": 10_000}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ITERATED)
-def test_bases_stay_orthonormal_over_20000_refreshes_without_eigh(
+def test_bases_stay_orthonormal_over_tens_of_thousands_of_refreshes_without_eigh(
     mode: str, record_property: Callable[[str, object], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(state_module, "masks_on", lambda device: mode == "kl")
@@ -64,7 +64,7 @@ def test_bases_stay_orthonormal_over_20000_refreshes_without_eigh(
     parameter = nn.Parameter(torch.zeros(shape))
     optimizer = SOAP([parameter], lr=0.01, precondition_frequency=1, **ITERATED[mode])
     drift, worst, first = Drift(shape, seed=0), 0.0, {}
-    for step in range(1, LONG + 1):
+    for step in range(1, LONG[mode] + 1):
         parameter.grad = drift.gradient(parameter.detach(), step)
         optimizer.step()
         if step % 500 == 0 or step == 1:
@@ -102,7 +102,7 @@ reads_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="r
 @reads_proc
 @pytest.mark.parametrize("mode", MODES)
 def test_memory_does_not_grow_with_the_steps(mode: str) -> None:
-    first, last = (2_000, 10_000) if mode == "default" else (1_000, 5_000)
+    first, last = (2_000, 6_000) if mode == "default" else (1_000, 4_000)
     growth = memory_growth(mode, first, last)
     assert not grows(growth, last - first), growth
 
@@ -110,6 +110,6 @@ def test_memory_does_not_grow_with_the_steps(mode: str) -> None:
 @pytest.mark.slow
 @reads_proc
 def test_a_leak_of_a_tensor_per_step_would_be_seen() -> None:
-    growth = memory_growth("default", 500, 2_500, "leak")
-    assert growth["tensors"] == 2_000
-    assert grows({**growth, "tensors": 0}, 2_000), growth
+    growth = memory_growth("default", 500, 1_500, "leak")
+    assert growth["tensors"] == 1_000
+    assert grows({**growth, "tensors": 0}, 1_000), growth
