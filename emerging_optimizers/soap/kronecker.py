@@ -139,10 +139,14 @@ def rayleigh_quotients(factor: Tensor, basis: Tensor) -> Tensor:
 def column_products(left: Tensor, right: Tensor) -> Tensor:
     """The inner product of each column with the other's, (B, d), of (B, d, d).
 
-    By blocks of rows: elementwise products of whole factors would be new memory as large as them.
+    By blocks of rows, added up where they stand: elementwise products of whole factors would be new memory as large as
+    them.
     """
-    blocks = zip(torch.split(left, GRAM_ROWS, -2), torch.split(right, GRAM_ROWS, -2), strict=True)
-    return torch.stack([torch.linalg.vecdot(a, b, dim=-2) for a, b in blocks]).sum(0)
+    (first_left, *lefts), (first_right, *rights) = (torch.split(stack, GRAM_ROWS, -2) for stack in (left, right))
+    products = first_left * first_right
+    for a, b in zip(lefts, rights, strict=True):
+        products[..., : a.shape[-2], :].addcmul_(a, b)
+    return products.sum(-2)
 
 
 def _decay_and_add_gram_(factor: Tensor, matrix: Tensor, beta: float, finite: Tensor | None) -> None:
