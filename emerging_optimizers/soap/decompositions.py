@@ -19,9 +19,7 @@ from emerging_optimizers.soap.incidents import report
 
 #: On a CPU, matrices of at least so many rows are orthonormalised by panels of so many columns, in 0.8 of the time that
 #: LAPACK's QR takes (``benchmarks/refresh_cost.py``). Smaller ones are as fast without.
-PANELS_FROM = 512
-PANEL, WIDE_PANEL = 96, 128
-WIDE_FROM = 1024
+PANELS = {512: 96, 1024: 128, 2048: 256}
 
 
 def eigenvectors(matrices: Tensor, last_good: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +59,7 @@ def _eigh(matrices: Tensor) -> Tensor:
 
 
 def _householder(matrices: Tensor) -> Tensor:
-    if matrices.device.type == "cpu" and matrices.shape[-1] >= PANELS_FROM:
+    if matrices.device.type == "cpu" and matrices.shape[-1] >= min(PANELS):
         with fp32_matmul_precision("highest", matrices):
             return _householder_by_panels(matrices)
     # torch.linalg.qr would also spend time on R.
@@ -77,7 +75,7 @@ def _householder_by_panels(rest: Tensor) -> Tensor:
     ``tau = 0``. LAPACK works the same way, in narrower panels. ``rest`` is overwritten.
     """
     size = rest.shape[-1]
-    width = WIDE_PANEL if size >= WIDE_FROM else PANEL
+    width = max((panel for rows, panel in PANELS.items() if rows <= size), default=min(PANELS.values()))
     reflections: list[tuple[int, Tensor, Tensor]] = []
     for start in range(0, size, width):
         stop = min(start + width, size)

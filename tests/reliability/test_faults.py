@@ -114,7 +114,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def panels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices of any size go by panels, where a test is about what only those need."""
     if "site" in request.fixturenames and request.getfixturevalue("site")[1] == "solve_triangular":
-        monkeypatch.setattr(decompositions, "PANELS_FROM", 1)
+        monkeypatch.setattr(decompositions, "PANELS", {1: 96})
 
 
 def random_factors(count: int, d: int, seed: int = 0) -> Tensor:

@@ -28,8 +28,7 @@ def matrices(kind: str, size: int) -> Tensor:
 
 @pytest.fixture
 def panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decompositions, "PANELS_FROM", 1)
-    monkeypatch.setattr(decompositions, "PANEL", PANEL)
+    monkeypatch.setattr(decompositions, "PANELS", {1: PANEL})
 
 
 @pytest.mark.usefixtures("panels")
@@ -51,13 +50,13 @@ def test_the_columns_are_orthonormal_and_span_what_they_should(size: int, kind: 
 def test_it_is_the_same_matrix_as_without_panels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stack = matrices(kind, 3 * PANEL + 2)
     by_panels, _ = orthonormal_columns(stack, stack)
-    monkeypatch.setattr(decompositions, "PANELS_FROM", 100)
+    monkeypatch.setattr(decompositions, "PANELS", {100: PANEL})
     torch.testing.assert_close(by_panels, orthonormal_columns(stack, stack)[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("panels_from", [1, 100])
 def test_an_order_is_that_of_the_columns(panels_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decompositions, "PANELS_FROM", panels_from)
+    monkeypatch.setattr(decompositions, "PANELS", {panels_from: PANEL})
     stack = matrices("random", 6)
     order = torch.stack([torch.randperm(6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
     stack[2, 0, 0] = float("nan")
@@ -69,7 +68,7 @@ def test_an_order_is_that_of_the_columns(panels_from: int, monkeypatch: pytest.M
 
 
 def test_large_matrices_go_by_panels_in_both_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
-    size, widths = decompositions.PANELS_FROM, []
+    size, widths = min(decompositions.PANELS), []
     real = torch.geqrf
 
     def watch(matrix: Tensor) -> object:
@@ -81,7 +80,7 @@ def test_large_matrices_go_by_panels_in_both_dtypes(monkeypatch: pytest.MonkeyPa
         stack = torch.randn(1, size, size, generator=torch.Generator().manual_seed(0), dtype=dtype)
         q, _ = orthonormal_columns(stack, stack)
         torch.testing.assert_close(q.mT @ q, torch.eye(size, dtype=dtype).expand_as(q), rtol=0, atol=tolerance)
-    assert max(widths) == decompositions.PANEL
+    assert max(widths) == decompositions.PANELS[size]
     assert sum(widths) == 2 * size
     orthonormal_columns(torch.eye(size - 1).unsqueeze(0), torch.zeros(1, size - 1, size - 1))
     assert widths[-1] == size - 1
