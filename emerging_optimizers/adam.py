@@ -87,14 +87,19 @@ def _fused_direction(
     if they do not fill a vector register, so these are filled up: an element's result does not depend on where it is.
     """
     direction = torch.zeros_like(grad)
-    vectors = [tensor.view(-1) for tensor in (direction, grad, exp_avg, exp_avg_sq)]
     rest = grad.numel() % REGISTER
-    parts = [[vector[: len(vector) - rest]] for vector in vectors]
-    if rest:
-        for part, vector in zip(parts, vectors, strict=True):
-            part.append(torch.constant_pad_nd(vector[-rest:], (0, REGISTER - rest)))
+    parts: list[list[Tensor]] = []
+    tails: list[Tensor] = []
+    for tensor in (direction, grad, exp_avg, exp_avg_sq):
+        vector = tensor.view(-1)
+        if rest:
+            vector, tail = vector.split_with_sizes((grad.numel() - rest, rest))
+            tails.append(tail)
+            parts.append([vector, torch.constant_pad_nd(tail, (0, REGISTER - rest))])
+        else:
+            parts.append([vector])
     weights, grads, exp_avgs, exp_avg_sqs = parts
-    steps = [torch.tensor(step, dtype=torch.float32, device="cpu") for _ in weights]
+    steps = len(weights) * [torch.tensor(step, dtype=torch.float32, device="cpu")]  # only read
     torch._fused_adamw_(
         weights,
         grads,
@@ -112,7 +117,7 @@ def _fused_direction(
     )
     if rest:
         for place in (0, 2, 3):
-            vectors[place][-rest:] = parts[place][1][:rest]
+            tails[place].copy_(parts[place][1][:rest])
     return direction
 
 

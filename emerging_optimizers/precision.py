@@ -88,7 +88,7 @@ def matrix_product(left: Tensor, right: Tensor) -> Tensor:
     For stacks, even of one, oneDNN copies what is not contiguous. Small ones stay stacks, so that a matrix on its own
     gives bit for bit what it gives among others.
     """
-    if _is_alone_and_large(left) or _is_alone_and_large(right):
+    if _is_one_large(left, right):
         return torch.mm(left[0], right[0]).unsqueeze(0)
     return torch.bmm(left, right)
 
@@ -96,7 +96,7 @@ def matrix_product(left: Tensor, right: Tensor) -> Tensor:
 def add_matrix_product_(target: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
     """``target <- beta target + alpha left right``, in place: ``baddbmm_``, as :func:`matrix_product` is ``bmm``."""
     # oneDNN compiles a kernel for every beta, and bias correction makes a new one in every step.
-    if _is_alone_and_large(left) or _is_alone_and_large(right):
+    if _is_one_large(left, right):
         if beta != 1:
             target.mul_(beta)
         target[0].addmm_(left[0], right[0], alpha=alpha)
@@ -116,8 +116,9 @@ def _without_onednn() -> Iterator[None]:
         yield
 
 
-def _is_alone_and_large(stack: Tensor) -> bool:
-    return len(stack) == 1 and _is_large(stack, ALONE_FROM)
+def _is_one_large(left: Tensor, right: Tensor) -> bool:
+    """Whether the product of two stacks is that of two matrices on a CPU, one of which has a large dimension."""
+    return left.shape[0] == 1 and max(*left.shape, right.shape[-1]) >= ALONE_FROM and left.device.type == "cpu"
 
 
 def _is_large(stack: Tensor, size: int) -> bool:

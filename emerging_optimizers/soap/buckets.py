@@ -173,6 +173,7 @@ class Run:
         grads: Sequence[Tensor | None],
     ) -> None:
         self.bucket, self.start, self.stop = bucket, start, stop
+        self._is_all = stop - start == len(bucket.parameters)
         self.step, self.based, self.unrotated = step, based, unrotated
         self.grads = [grad for grad in grads if grad is not None]
         self.layout = bucket.layout
@@ -197,11 +198,14 @@ class Run:
 
     def counters(self, key: str) -> Tensor:
         """``step`` and the like, (B,)."""
-        return self.bucket.stacks[key][self.start : self.stop]
+        stack = self.bucket.stacks[key]
+        return stack if self._is_all else stack[self.start : self.stop]
 
     def kept(self, key: str) -> Tensor:
         """State as it is kept, a view: factors may be packed, and the dtype may not be the working one."""
         stack = self.bucket.stacks[key]
+        if self._is_all:
+            return stack
         if self.layout is not None:
             return stack[self.start : self.stop]
         return stack[self.bucket.offsets[self.start] : self.bucket.offsets[self.stop]]
