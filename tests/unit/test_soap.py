@@ -297,7 +297,7 @@ def test_at_frequency_one_the_first_moment_is_adams_own_until_the_frequency_is_a
         outside = state["exp_avg"].float()
         if not state["unrotated"]:
             outside = state["Q_0"].float() @ outside @ state["Q_1"].float().T
-        torch.testing.assert_close(outside, average, rtol=0, atol=1e-6 if kept is None else 2e-2)
+        torch.testing.assert_close(outside, average, rtol=0, atol=5e-7 if kept is None else 8e-3)
 
 
 def test_a_parameter_without_gradient_keeps_its_own_clock() -> None:
