@@ -15,7 +15,7 @@ help:  ## list the targets
 		printf '%-16s %s\n' "$$name" "$$what"; done
 
 demo: $(READY)  ## train a small language model with SOAP and its rivals; three minutes; the report goes to demo/
-	$(BIN)/soap race --steps 250 --out demo
+	$(BIN)/soap race --steps 250 --out demo --overwrite
 
 test: $(READY)  ## run the whole test suite, a process per core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto

@@ -117,6 +117,7 @@ def race(
         Path | None,
         typer.Option(metavar="FOLDER", help="continue the stopped race in it", autocompletion=words.files),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="start over where a race was stopped")] = False,
 ) -> None:
     """Train one model with several optimizers, from the same start on the same batches, and say which wins."""
     for package in ("matplotlib", "rich", "numpy"):  # found missing now, not when the race has been run
@@ -129,7 +130,8 @@ def race(
 
     if resume is not None:
         given = {"--task": task, "--text": text, "--optimizers": optimizers, "--lr": lr, "--steps": steps,
-                 "--seeds": seeds, "--frequency": frequency, "--threads": threads, "--out": out}  # fmt: skip
+                 "--seeds": seeds, "--frequency": frequency, "--threads": threads, "--out": out,
+                 "--overwrite": overwrite or None}  # fmt: skip
         if extra := [option for option, value in given.items() if value not in (None, [])]:
             raise LabError(f"--resume takes its settings from the folder: leave out {', '.join(extra)}")
         state = checkpoint.load(resume)
@@ -142,9 +144,10 @@ def race(
     torch.set_num_threads(options.threads)
     fresh = Race(options)
     report.claim(folder)
-    if (folder / checkpoint.CHECKPOINT).exists():
-        print(f"Starting over in {printable(folder)}, which held a stopped race.")
-        checkpoint.discard(folder)
+    if (folder / checkpoint.CHECKPOINT).exists() and not overwrite:
+        instead = f"go on with soap race --resume {folder}, or start over with --overwrite"
+        raise LabError(f"--out {folder}: a race was stopped there; {instead}")
+    checkpoint.discard(folder)
     report.write_results(folder, report.collect(fresh))
     _play(fresh, folder)
 

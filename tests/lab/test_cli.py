@@ -119,6 +119,7 @@ def test_the_default_task_runs(folder: Path, capsys: pytest.CaptureFixture[str])
         (["--resume", "early"], "early: it was stopped before its first checkpoint, which comes after"),
         (["--resume", "foreign"], "--resume foreign: nothing to resume there"),
         (["--resume", "foreign", "--steps", "3"], "leave out --steps"),
+        (["--resume", "foreign", "--overwrite"], "leave out --overwrite"),
         (["extra"], "extra"),
     ],
 )
@@ -246,6 +247,14 @@ def test_a_stopped_race_leaves_a_report_and_resumes_bit_for_bit(
     stopped = results(folder / "cut")
     assert stopped["finished"] is False
     assert all(0 < len(run["train_loss"]) < 30 for run in stopped["runs"])
+
+    capsys.readouterr()
+    assert main([*words, "--out", "cut"]) == 2  # hours of work may be in it
+    instead = "go on with soap race --resume cut, or start over with --overwrite"
+    assert f"--out cut: a race was stopped there; {instead}" in capsys.readouterr().err
+    shutil.copytree("cut", "again")
+    assert main([*words, "--steps", "2", "--out", "again", "--overwrite"]) == 0
+    assert sorted(path.name for path in (folder / "again").iterdir()) == names[1:]
 
     assert main(["race", "--resume", "cut"]) == 0
     assert main([*words, "--out", "whole"]) == 0
