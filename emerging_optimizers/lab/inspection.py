@@ -156,8 +156,11 @@ def verdict(health: Health) -> str:
 
 
 def notes(health: Health) -> list[str]:
-    """Say what was not looked at."""
+    """Say what was not looked at, and what shows nothing."""
     said = []
+    if still := tuple(tensor.name for tensor in health.tensors if tensor.learning_rate == 0):
+        whose = "" if len(still) == len(health.tensors) else f" of {_few(still)}"
+        said.append(f"The saved learning rate{whose} is 0, as at the end of a schedule; so the updates shown are 0.")
     if health.waiting:
         said.append(f"Without a state yet (no gradient has come): {_few(health.waiting)}.")
     if health.elsewhere:

@@ -62,6 +62,23 @@ def test_a_healthy_checkpoint_is_a_table_and_nothing_wrong(folder: Path, capsys:
     assert all(len(line) <= 120 for line in out.splitlines())
 
 
+def test_updates_of_zero_after_a_schedule_are_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, optimizer = trained()
+    for rate, explained in ((1e-2, False), (0.0, True)):
+        optimizer.param_groups[0]["lr"] = rate
+        torch.save(optimizer.state_dict(), "state.pt")
+        out = inspect(capsys, "state.pt")
+        assert ("The saved learning rate is 0, as at the end of a schedule; so the updates" in out) is explained
+    matrices = [p for p in optimizer.param_groups[0]["params"] if p.dim() == 2]
+    vectors = [p for p in optimizer.param_groups[0]["params"] if p.dim() == 1]
+    parts = SOAP([{"params": matrices, "lr": 0.0}, {"params": vectors, "lr": 1e-2}], lr=1e-2)
+    for p in (*matrices, *vectors):
+        p.grad = torch.ones_like(p)
+    parts.step()
+    torch.save(parts.state_dict(), "parts.pt")
+    assert "The saved learning rate of parameter 0, parameter 1 is 0" in inspect(capsys, "parts.pt")
+
+
 @pytest.mark.parametrize("damage", ["dead", "corrupt"])
 def test_what_is_wrong_comes_first(damage: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, optimizer = trained(dead=damage == "dead")
