@@ -1,17 +1,18 @@
 """How to orthonormalise ``K Q``: time, orthogonality and residual of several methods on the factors of a real training.
 
-    python benchmarks/refresh_cost.py        # three minutes on two cores; leave the machine alone
+    python -m benchmarks.refresh_cost        # three minutes on two cores; leave the machine alone
+    python -m benchmarks.refresh_cost --device cuda --out refresh_cost_gpu.json
 
 The race's transformer is trained with SOAP at frequency 10, and the stacks of factors and products that its refreshes
-meet are kept. Each method then orthonormalises the same products, columns scaled to unit length. ``fails`` counts
-matrices whose result is not finite or further than 1e-4 from orthonormal; the other columns are of the rest.
-``residual`` is the off-diagonal part of ``Q^T K Q``, relative to ``K``.
+meet are kept. On the device that is asked for, each method then orthonormalises the same products, columns scaled to
+unit length. ``fails`` counts matrices whose result is not finite or further than 1e-4 from orthonormal; the other
+columns are of the rest. ``residual`` is the off-diagonal part of ``Q^T K Q``, relative to ``K``.
 """
 
+import argparse
 import json
 from collections import defaultdict
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -19,7 +20,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from emerging_optimizers.lab.machine import machine, versions
+from benchmarks.step_time import heading, wait
 from emerging_optimizers.lab.optimizers import make_contender
 from emerging_optimizers.lab.tasks import make_task
 from emerging_optimizers.soap import decompositions, eigenbasis
@@ -36,6 +37,19 @@ def householder(products: Tensor) -> Tensor:
 def cholesky_qr_twice(products: Tensor) -> Tensor:
     for _ in range(2):
         root, _ = torch.linalg.cholesky_ex(products.mT @ products, upper=True)
+        products = torch.linalg.solve_triangular(root, products, upper=True, left=False)
+    return products
+
+
+def shifted_cholesky_qr(products: Tensor) -> Tensor:
+    """Three times, the first with a shift that lets no rounding make the Gram matrix indefinite (arXiv 1809.11085)."""
+    size = products.shape[-1]
+    for shifted in (True, False, False):
+        gram = products.mT @ products
+        if shifted:
+            bound = torch.linalg.matrix_norm(gram, torch.inf)  # of the largest eigenvalue
+            gram.diagonal(dim1=-2, dim2=-1).add_((size * torch.finfo(gram.dtype).eps * bound).unsqueeze(-1))
+        root, _ = torch.linalg.cholesky_ex(gram, upper=True)
         products = torch.linalg.solve_triangular(root, products, upper=True, left=False)
     return products
 
@@ -80,6 +94,7 @@ METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "Householder (LAPACK)": householder,
     "Householder, panels of 96": lambda products: decompositions._householder_by_panels(products.clone()),
     "Cholesky QR twice (LAPACK)": cholesky_qr_twice,
+    "Cholesky QR thrice, shifted (LAPACK)": shifted_cholesky_qr,
     "Cholesky QR twice (products)": cholesky_qr_by_products,
     "panels, one pass": lambda products: gram_schmidt(products, 1),
     "panels, two passes": lambda products: gram_schmidt(products, 2),
@@ -114,14 +129,21 @@ def real_stacks() -> list[tuple[int, Tensor, Tensor]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=OUT)
+    given = parser.parse_args()
     found: dict[tuple[str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for _, factors, products in real_stacks():
-        identity = torch.eye(factors.shape[-1])
+    for _, *stacks in real_stacks():
+        factors, products = (stack.to(given.device) for stack in stacks)
+        identity = torch.eye(factors.shape[-1], device=given.device)
         for name, method in METHODS.items():
             times = []
             for _ in range(5):
+                wait(given.device)
                 begin = perf_counter()
                 bases = method(products)
+                wait(given.device)
                 times.append(perf_counter() - begin)
             line = found[name, factors.shape[-1]]
             line["ms"].append(1000 * median(times) / len(factors))
@@ -149,8 +171,7 @@ def main() -> None:
     print("| " + " | ".join(keys) + " |\n" + "| --- " * len(keys) + "|")
     for line in lines:
         print("| " + " | ".join(str(line[key]) for key in keys) + " |")
-    head = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions()}
-    OUT.write_text(json.dumps({**head, "steps": KEPT, "results": lines}, indent=1) + "\n")
+    given.out.write_text(json.dumps({**heading(given.device), "steps": KEPT, "results": lines}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -87,11 +88,15 @@ class Trial:
         self.device = device
         self.done = 0
 
-    def step(self) -> float:
-        """Do one step and return its milliseconds."""
+    def set_gradients(self) -> None:
+        """Give every parameter its next gradient."""
         for p, gradient in zip(self.parameters, self.gradients[self.done % len(self.gradients)], strict=True):
             p.grad = gradient.clone()
         self.done += 1
+
+    def step(self) -> float:
+        """Do one step and return its milliseconds."""
+        self.set_gradients()
         wait(self.device)
         begin = time.perf_counter()
         self.optimizer.step()
@@ -160,7 +165,7 @@ class Worker:
     """A process with one optimizer."""
 
     def __init__(self, name: str, arguments: list[str]) -> None:
-        python = peers_python() if name in PACKAGES else sys.executable
+        python = peers_python(PACKAGES[name]) if name in PACKAGES else sys.executable
         command = [python, "-W", "ignore", "-m", "benchmarks.step_time", "--worker", name, *arguments]
         # Peers print as they like: the last line of each answer counts.
         self.process = subprocess.Popen(
@@ -187,8 +192,10 @@ class Worker:
         self.process.wait()
 
 
-def peers_python() -> str:
-    """The interpreter of the peers' environment, which is made on first use."""
+def peers_python(package: str) -> str:
+    """An interpreter that has this peer: this one, or that of the peers' environment, which is made on first use."""
+    if find_spec(package.replace("-", "_")) is not None:
+        return sys.executable
     python = PEERS / "bin" / "python"
     if not python.exists():
         print(f"installing {', '.join(PACKAGES.values())} into {PEERS.relative_to(ROOT)}")
