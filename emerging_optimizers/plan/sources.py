@@ -52,6 +52,9 @@ def load_model(source: str) -> Model:
         return {"resnet50": resnet50, "vit-b": vit_b}[source]()
     path = Path(source)
     try:
+        if path.suffix == ".py" or Path(f"{source.replace('.', '/')}.py").is_file():
+            hint = spelling_hint(source, "function") or f"write {source}:function"
+            raise ValueError(f"model {source!r}: {hint}, by the name of what makes the model there")
         if path.is_dir() and (path / "config.json").is_file():
             path = path / "config.json"
         if path.is_file():

@@ -115,6 +115,9 @@ def test_calibrated_milliseconds_are_shown(capsys: pytest.CaptureFixture[str], m
         (["gpt2", "--ranks", "1000000000"], "--ranks"),
         (["."], ".: a folder without config.json"),
         ([""], "no model ''"),
+        (["nets"], "model 'nets': write nets:function, by the name of what makes the model there"),
+        (["nets.py"], "model 'nets.py': write nets:function, by the name"),
+        (["./pkg/nets.py"], "write pkg.nets:function, by the name"),
         ([300 * "x"], "File name too long; name a readable file"),
         (["gpt2", "--memory", "4 apples"], "expected a size with its unit"),
         (["gpt2", "--overhead", "5%"], "give its batch with --tokens"),
@@ -134,6 +137,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(
 ) -> None:
     (folder / "bad.json").write_text('{"model_type": "bert"}')
     (folder / "empty").mkdir()
+    (folder / "nets.py").write_text("raise SystemExit('imported')")
     (folder / "pickle.pt").write_bytes(pickle.dumps({1}, protocol=4))
     assert main(["plan", *words]) == 2
     err = capsys.readouterr().err
