@@ -26,6 +26,7 @@ def race(task: str) -> None:
     folder = ROOT / "races" / task
     folder.parent.mkdir(exist_ok=True)
     words = ["race", "--task", task, "--seeds", "0,1,2", "--optimizers", OPTIMIZERS[task], "--out", str(folder)]
+    words.append("--overwrite")  # a race that was stopped
     if (code := soap(words)) != 0:
         raise SystemExit(code)
     results = json.loads((folder / "results.json").read_text())

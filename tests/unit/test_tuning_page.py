@@ -66,7 +66,7 @@ def test_the_refresh_frequencies_are_those_of_the_experiment(task: str, optimize
         assert finals == sorted(finals)  # "without exception"
     assert finals[-1] < adamw["final"]
     assert score(adamw["final"]) in ("0.108", "0.00855")
-    assert "AdamW, which ends at 0.108 and 0.00855." in " ".join(PAGE.split())
+    assert "AdamW, which ends at 0.108 and 0.00855 " in " ".join(PAGE.split())
 
 
 @pytest.mark.parametrize("tokens", [32_768, 131_072, 524_288, 2_097_152])
