@@ -6,13 +6,14 @@ import io
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from emerging_optimizers.lab.race import Record
 from emerging_optimizers.lab.results import LABELS, Line, best_runs, score, seconds_at_evaluations
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart under the common colour blindnesses; the dashes tell them apart in grey.
 STYLES = {
@@ -36,7 +37,7 @@ def write_png(file: BinaryIO, lines: Sequence[Line], records: Sequence[Record], 
     for axes, x_label in zip(figure.subplots(1, 2, sharey=True), AXES, strict=True):
         _draw(axes, lines, records, x_label)
     figure.axes[0].set_ylabel(metric, parse_math=False)
-    figure.axes[0].legend(frameon=False, title="best", alignment="left")
+    _legend(figure, "outside right center", columns=1)
     figure.suptitle(title, parse_math=False)
     figure.savefig(file, format="png", dpi=150)
 
@@ -51,7 +52,7 @@ def svg(lines: Sequence[Line], records: Sequence[Record], x_label: str, metric: 
     axes = figure.subplots()
     _draw(axes, lines, records, x_label)
     axes.set_ylabel(metric, parse_math=False)
-    axes.legend(frameon=False, title="best", alignment="left")
+    _legend(figure, "outside upper left", columns=2)
     text = io.StringIO()
     # Letters as paths need no font on the reader's machine; the salt keeps the two pictures' ids apart and stable.
     with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": x_label}):
@@ -85,6 +86,12 @@ def _draw(axes: Axes, lines: Sequence[Line], records: Sequence[Record], x_label:
     axes.set_xlabel(x_label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2, linewidth=0.6)
+
+
+def _legend(figure: Figure, place: Literal["outside right center", "outside upper left"], columns: int) -> None:
+    """Name the curves and their best scores, beside the axes: where in them is room depends on the race."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc=place, ncols=columns, frameon=False, title="best", alignment="left")
 
 
 def _median_curve(runs: Sequence[Record], x_of: Callable[[Record], Sequence[float]]) -> tuple[list[float], list[float]]:
