@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 from threading import RLock
 from typing import Any
@@ -59,10 +59,28 @@ def fp32_matmul_precision(precision: str, operand: Tensor | None = None) -> Iter
         raise ValueError(f"Invalid matmul precision: {precision!r} (wanted one of {sorted(MATMUL_PRECISIONS)})")
     with _lock:
         on_cuda, on_cpu = MATMUL_PRECISIONS[precision]
-        if operand is not None and _is_large(operand, ONEDNN_FROM) and _onednn_is_faster_and_exact():
+        if operand is not None and _is_large(operand, ONEDNN_FROM) and _onednn_takes_over():
             on_cpu = "bf16"
         with _setting(torch.backends.cuda.matmul, on_cuda), _setting(torch.backends.mkldnn.matmul, on_cpu):  # type: ignore[attr-defined]
             yield
+
+
+@contextmanager
+def without_autocast(*device_types: str) -> Iterator[None]:
+    """Runs what is enclosed as if no ``torch.autocast`` were around it. A decorator too: ``@without_autocast()``.
+
+    Args:
+        device_types: Of the tensors that are worked on, as "cpu"; default: the CPU and, if there is one, the
+            accelerator.
+    """
+    if not device_types:
+        accelerator = torch.accelerator.current_accelerator()
+        device_types = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+    with ExitStack() as stack:
+        for device_type in device_types:
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 @contextmanager
@@ -111,7 +129,7 @@ def add_matrix_product_(target: Tensor, left: Tensor, right: Tensor, *, beta: fl
 def _without_onednn() -> Iterator[None]:
     """Leaves the enclosed products to torch's BLAS, if it was :func:`fp32_matmul_precision` who handed them on."""
     backend = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    handed_on = backend.fp32_precision == "bf16" and _onednn_is_faster_and_exact()
+    handed_on = backend.fp32_precision == "bf16" and _onednn_takes_over()
     with _setting(backend, "ieee") if handed_on else nullcontext():
         yield
 
@@ -123,6 +141,11 @@ def _is_one_large(left: Tensor, right: Tensor) -> bool:
 
 def _is_large(stack: Tensor, size: int) -> bool:
     return stack.device.type == "cpu" and max(stack.shape[1:], default=0) >= size
+
+
+def _onednn_takes_over() -> bool:
+    # Not asked while it is forbidden: the trial, which is made once, would then be of MKL.
+    return bool(torch.backends.mkldnn.enabled) and _onednn_is_faster_and_exact()
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from emerging_optimizers.health.results import FactorHealth, Health, TensorHealth
 from emerging_optimizers.health.source import Entry, Names, entries, whole
-from emerging_optimizers.precision import fp32_matmul_precision
+from emerging_optimizers.precision import fp32_matmul_precision, without_autocast
 from emerging_optimizers.soap.incidents import incidents
 from emerging_optimizers.soap.kronecker import project
 from emerging_optimizers.soap.layout import Layout, layout_of
@@ -76,7 +76,7 @@ def _examine_tensor(entry: Entry, exact_spectra: bool) -> TensorHealth:
     layout = layout_of(shape, options["max_precond_dim"], options["precondition_1d"], options["merge_dims"])
     step, refresh_step = _count(entry, "step"), _count(entry, "refresh_step")
     factors = []
-    with fp32_matmul_precision("highest"), torch.autocast(exp_avg.device.type, enabled=False):
+    with fp32_matmul_precision("highest"), without_autocast(exp_avg.device.type):
         for axis in layout.axes if "refresh_step" in entry.state else ():  # a piece of a tensor has none
             factors.append(_examine_factor(entry, axis, layout.shape[axis], refresh_step > 0, exact_spectra))
         finite = all(bool(t.isfinite().all()) for t in (exp_avg, exp_avg_sq)) and all(f.finite for f in factors)

@@ -1,8 +1,8 @@
 """The documented functions on one tensor and its lists of factors and bases.
 
 They are the un-batched face of the kernels in ``kronecker`` and ``refresh``, on a stack of one, with every shape
-checked. In a list, an empty tensor stands for an axis without a factor, whose basis is the identity. Import them
-from ``emerging_optimizers.soap.soap``.
+checked, and outside of ``torch.autocast``. In a list, an empty tensor stands for an axis without a factor, whose basis
+is the identity. Import them from ``emerging_optimizers.soap.soap``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from emerging_optimizers.precision import without_autocast
 from emerging_optimizers.soap import kronecker
 from emerging_optimizers.soap.checks import (
     adaptive_tolerance_of,
@@ -28,6 +29,7 @@ PROJECT = [[0], [0]]
 PROJECT_BACK = [[0], [1]]
 
 
+@without_autocast()
 def precondition(
     grad: Tensor,
     eigenbasis_list: list[Tensor] | None = None,
@@ -99,6 +101,7 @@ def init_kronecker_factors(grad: Tensor, precondition_1d: bool = False) -> list[
     return [torch.zeros(size, size, dtype=dtype, device=grad.device) for size in grad.shape]
 
 
+@without_autocast()
 @torch.no_grad()
 def update_kronecker_factors(
     kronecker_factor_list: list[Tensor],
@@ -139,6 +142,7 @@ def update_kronecker_factors(
     _write_back(kronecker_factor_list, working)
 
 
+@without_autocast()
 @torch.no_grad()
 def update_kronecker_factors_kl_shampoo(
     kronecker_factor_list: list[Tensor],
@@ -189,6 +193,7 @@ def update_kronecker_factors_kl_shampoo(
     _write_back(kronecker_factor_list, working)
 
 
+@without_autocast()
 @torch.no_grad()
 def update_eigenbasis_and_momentum(
     kronecker_factor_list: list[Tensor],

@@ -9,7 +9,6 @@ new weights to the others, so that all have them bit for bit. One process has no
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import zip_longest
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from emerging_optimizers.mixin import WeightDecayMixin
-from emerging_optimizers.precision import fp32_matmul_precision
+from emerging_optimizers.precision import fp32_matmul_precision, without_autocast
 from emerging_optimizers.soap.algorithm import Update, apply, apply_to_piece, updates_of
 from emerging_optimizers.soap.buckets import CHUNK_ELEMENTS, NO_AXIS, Bucket, Kind, batches, chunks_of, form_buckets
 from emerging_optimizers.soap.costs import step_flops
@@ -285,7 +284,7 @@ def _work(
     """A step of a bucket; returns the updates that are not for this process alone to apply."""
     updates = []
     precision = fp32_matmul_precision(group["fp32_matmul_prec"], bucket.stacks["exp_avg"])
-    with precision, _without_autocast(bucket.device.type):
+    with precision, without_autocast(bucket.device.type):
         for run in list(bucket.runs(grads)):
             for update in updates_of(run, group, timetable, skipped):
                 if bucket.gathered:
@@ -293,10 +292,6 @@ def _work(
                 else:
                     apply(update, group)
     return updates
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 Job = tuple[Group, Kind, list[tuple[int, Tensor]]]

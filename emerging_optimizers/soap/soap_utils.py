@@ -2,7 +2,7 @@
 
 Each takes a list with one factor per axis, as :func:`~emerging_optimizers.soap.soap.init_kronecker_factors` makes
 it; an empty tensor stands for an axis without a factor and yields an empty basis. The arithmetic is that of
-``emerging_optimizers.soap.eigenbasis``, on a stack of one.
+``emerging_optimizers.soap.eigenbasis``, on a stack of one and outside of ``torch.autocast``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from emerging_optimizers.precision import without_autocast
 from emerging_optimizers.soap.checks import (
     adaptive_tolerance_of,
     check_matches,
@@ -23,6 +24,7 @@ from emerging_optimizers.soap.eigenbasis import refresh_bases
 from emerging_optimizers.soap.state import working_dtype
 
 
+@without_autocast()
 @torch.no_grad()
 def get_eigenbasis_eigh(
     kronecker_factor_list: list[Tensor],
@@ -79,6 +81,7 @@ def get_eigenbasis_eigh(
     return bases
 
 
+@without_autocast()
 @torch.no_grad()
 def get_eigenbasis_qr(
     kronecker_factor_list: list[Tensor],

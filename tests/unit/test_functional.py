@@ -333,3 +333,42 @@ def test_a_gram_product_in_blocks_is_the_whole_one(shape: tuple, finite: bool | 
     expected = factor if finite is False else 0.9 * factor + 0.1 * matrix @ matrix.mT
     kronecker._decay_and_add_gram_(factor := factor.clone(), matrix, 0.9, mask)
     torch.testing.assert_close(factor, expected, rtol=1e-12, atol=1e-12)
+
+
+# --- autocast -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [40, 300])  # products of the latter go to oneDNN on some CPUs
+@pytest.mark.parametrize(
+    "name", ["precondition", "factors", "KL factors", "refresh by qr", "refresh by eigh", "qr", "eigh"]
+)
+def test_autocast_around_a_function_changes_nothing(name: str, size: int) -> None:
+    def results() -> list[Tensor]:
+        grad = normal(size, 24, dtype=torch.float32)
+        factors = [symmetric(size, dtype=torch.float32), symmetric(24, dtype=torch.float32)]
+        bases = [orthogonal(size, seed=1).float(), orthogonal(24, seed=1).float()]
+        exp_avg_sq, momentum = grad.square() + 1, grad.clone()
+        if name == "precondition":
+            return [precondition(grad, bases), precondition(grad, bases, dims=[[0], [1]])]
+        if name == "factors":
+            update_kronecker_factors(factors, grad, 0.9)
+            return factors
+        if name == "KL factors":
+            update_kronecker_factors_kl_shampoo(factors, grad, 0.9, bases, 1e-8)
+            return factors
+        if name.startswith("refresh"):
+            use_eigh = name.endswith("eigh")
+            found, *moments = update_eigenbasis_and_momentum(factors, bases, exp_avg_sq, momentum, use_eigh)
+            return [*found, *moments]
+        if name == "qr":
+            found, moment = get_eigenbasis_qr(factors, bases, exp_avg_sq, power_iter_steps=2)
+            return [*found, moment]
+        return get_eigenbasis_eigh(factors)
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = results()
+        assert torch.is_autocast_enabled("cpu")
+    for one, other in zip(seen, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)

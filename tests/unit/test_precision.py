@@ -202,6 +202,18 @@ def test_onednn_is_taken_only_where_it_is_faster_and_does_not_round(
     assert current() == before
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch's own, of entering `flags`
+def test_nothing_is_tried_while_onednn_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(precision, "_onednn_is_faster_and_exact", lambda: asked.append(current()) or True)
+    with torch.backends.mkldnn.flags(enabled=False), fp32_matmul_precision("highest", LARGE):
+        assert current() == "ieee"
+    assert not asked  # the answer is kept for the process, and would have been MKL's
+    with fp32_matmul_precision("highest", LARGE):
+        assert current() == "bf16"
+    assert asked
+
+
 def test_a_torch_that_does_not_know_its_cpu_stays_with_its_blas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert precision._onednn_is_faster_and_exact.__wrapped__() is False
