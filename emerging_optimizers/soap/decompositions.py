@@ -17,8 +17,8 @@ from emerging_optimizers.precision import add_matrix_product_, fp32_matmul_preci
 from emerging_optimizers.soap import state
 from emerging_optimizers.soap.incidents import report
 
-#: On a CPU, matrices of at least so many rows are orthonormalised by panels of so many columns, in 0.7 of the time that
-#: LAPACK's QR takes (``benchmarks/refresh_cost.py``). Smaller ones are as fast without.
+#: On a CPU, matrices of at least so many rows are orthonormalised by panels of so many columns, in 0.7 to 0.85 of the
+#: time that LAPACK's QR takes (``benchmarks/refresh_cost.py``). Smaller ones are as fast without.
 PANELS = {512: 96, 1024: 128, 2048: 256}
 
 
