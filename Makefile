@@ -42,6 +42,7 @@ audit: $(READY)  ## check dependencies: pins, imports, licences (no network; pip
 bench: $(READY)  ## time steps beside the peers, refreshes, growth, several processes (15 minutes; leave the machine alone)
 	$(BIN)/python -m benchmarks.step_time --rounds 3
 	$(BIN)/python benchmarks/step_time_plot.py
+	$(BIN)/python -m benchmarks.step_profile
 	$(BIN)/python -m benchmarks.refresh_cost
 	$(BIN)/python -m benchmarks.gram_product
 	$(BIN)/python -m benchmarks.matmul_rates
