@@ -92,7 +92,7 @@ def gram_schmidt(products: Tensor, passes: int) -> Tensor:
 
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "Householder (LAPACK)": householder,
-    "Householder, panels of 96": lambda products: decompositions._householder_by_panels(products.clone()),
+    "Householder, by panels": lambda products: decompositions._householder_by_panels(products.clone()),
     "Cholesky QR twice (LAPACK)": cholesky_qr_twice,
     "Cholesky QR thrice, shifted (LAPACK)": shifted_cholesky_qr,
     "Cholesky QR twice (products)": cholesky_qr_by_products,

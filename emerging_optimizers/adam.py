@@ -153,4 +153,5 @@ def raise_to_floor(exp_avg_sq: Tensor, exp_avg: Tensor, updates: int, betas: tup
         if updates * log_ratio > 700:  # exp overflows: c is so large that there is no floor to speak of
             return exp_avg_sq
         terms = math.expm1(updates * log_ratio) / math.expm1(log_ratio) if log_ratio else float(updates)
-    return torch.maximum(exp_avg_sq, exp_avg.square() * ((1 - beta2) / ((1 - beta1) ** 2 * terms)))
+    floor = exp_avg.square().mul_((1 - beta2) / ((1 - beta1) ** 2 * terms))
+    return torch.maximum(exp_avg_sq, floor, out=floor)

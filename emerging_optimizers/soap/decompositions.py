@@ -8,7 +8,7 @@ each of them, and fails if there is one that it does not know.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,9 +17,14 @@ from emerging_optimizers.precision import add_matrix_product_, fp32_matmul_preci
 from emerging_optimizers.soap import state
 from emerging_optimizers.soap.incidents import report
 
-#: On a CPU, matrices of at least so many rows are orthonormalised by panels of so many columns, in 0.7 to 0.85 of the
-#: time that LAPACK's QR takes (``benchmarks/refresh_cost.py``). Smaller ones are as fast without.
-PANELS = {512: 96, 1024: 128, 2048: 256}
+#: On a CPU, matrices of at least so many rows are orthonormalised by panels of so many columns, in 0.6 to 0.9 of the
+#: time that LAPACK's QR takes (``benchmarks/panels.py``). Smaller ones are as fast
+#: without.
+PANELS = {256: 64, 384: 96, 1024: 128}
+
+#: A panel of at least so many rows is itself worked on by panels of so many columns: on Intel CPUs LAPACK takes 2 to 7
+#: times as long for one of more than 512 rows on two threads as on one (``benchmarks/panels.py``).
+TALL, NARROW = 1024, 32
 
 
 def eigenvectors(matrices: Tensor, last_good: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,35 +73,60 @@ def _householder(matrices: Tensor) -> Tensor:
 
 
 def _householder_by_panels(rest: Tensor) -> Tensor:
-    """``Q`` of Householder's QR with all work but a panel's own in matrix products.
+    """``Q`` of Householder's QR with all work but a panel's own in matrix products; ``rest`` is overwritten.
 
-    The reflections of a panel are one product ``H_1 .. H_p = I - V T V^T`` (compact WY form, Schreiber and Van Loan,
-    1989) with ``T = (I + diag(tau) triu(V^T V, 1))^-1 diag(tau)``, which also holds for a reflection that does nothing,
-    ``tau = 0``. LAPACK works the same way, in narrower panels. ``rest`` is overwritten.
+    LAPACK works the same way, in narrower panels.
     """
     size = rest.shape[-1]
     width = max((panel for rows, panel in PANELS.items() if rows <= size), default=min(PANELS.values()))
-    reflections: list[tuple[int, Tensor, Tensor]] = []
-    for start in range(0, size, width):
-        stop = min(start + width, size)
-        packed, tau = torch.geqrf(rest[:, start:, start:stop].contiguous())
-        v = packed.tril_(-1)
-        v.diagonal(dim1=-2, dim2=-1).fill_(1)
-        system = matrix_product(v.mT, v).triu_(1).mul_(tau.unsqueeze(-1))  # solved as if its diagonal were 1
-        minus_t = torch.linalg.solve_triangular(system, torch.diag_embed(-tau), upper=True, unitriangular=True)
-        minus_vt = matrix_product(minus_t.mT, v.mT).mT  # by columns, as geqrf returns v: products of such are faster
-        reflections.append((start, v, minus_vt))
-        # Of the rows that the panel reaches its own would be R's, which is not wanted.
-        along = matrix_product(minus_vt.mT, rest[:, start:, stop:])
-        add_matrix_product_(rest[:, stop:, stop:], v[:, stop - start :], along)
+    panels = [(start, v, minus_vt) for start, v, minus_vt, _ in _reflect_by_panels(rest, width)]
     result = rest.zero_()  # R is not wanted, and on a CPU new memory costs as much as a product
     result.diagonal(dim1=-2, dim2=-1).fill_(1)
-    for start, v, minus_vt in reversed(reflections):
+    for start, v, minus_vt in reversed(panels):
         corner = result[:, start:, start:]  # what is left of it and above is still the identity's
         width = v.shape[-1]  # and of itself these rows and columns
         along = matrix_product(v[:, width:].mT, corner[:, width:, width:])
         add_matrix_product_(corner, minus_vt, torch.cat([v[:, :width].mT, along], -1))
     return result
+
+
+def _reflect_by_panels(rest: Tensor, width: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Householder's reflections of ``rest`` (B, r, c), panel by panel of so many columns. ``rest`` is overwritten.
+
+    The reflections of a panel are one product ``H_1 .. H_p = I - V T V^T`` (compact WY form, Schreiber and Van Loan,
+    1989) with ``T = (I + diag(tau) triu(V^T V, 1))^-1 diag(tau)``, which also holds for a reflection that does nothing,
+    ``tau = 0``.
+
+    Yields:
+        The number of the panel's first column and row, ``V``, ``-V T`` and ``tau``.
+    """
+    columns = rest.shape[-1]
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        v, tau = _reflections(rest[:, start:, start:stop])
+        system = matrix_product(v.mT, v).triu_(1).mul_(tau.unsqueeze(-1))  # solved as if its diagonal were 1
+        minus_t = torch.linalg.solve_triangular(system, torch.diag_embed(-tau), upper=True, unitriangular=True)
+        minus_vt = matrix_product(minus_t.mT, v.mT).mT  # by columns, as geqrf returns v: products of such are faster
+        if stop < columns:
+            # Of the rows that the panel reaches its own would be R's, which is not wanted.
+            along = matrix_product(minus_vt.mT, rest[:, start:, stop:])
+            add_matrix_product_(rest[:, stop:, stop:], v[:, stop - start :], along)
+        yield start, v, minus_vt, tau
+
+
+def _reflections(panel: Tensor) -> tuple[Tensor, Tensor]:
+    """``V``, of unit lower trapezoidal shape, and ``tau`` of the reflections of a panel, which may be overwritten."""
+    if panel.shape[-2] >= TALL and panel.shape[-1] > NARROW:
+        by_columns = panel.contiguous().mT.contiguous().mT  # in two steps: each goes along memory
+        v, taus = torch.zeros_like(by_columns), []
+        for start, part, _, tau in _reflect_by_panels(by_columns, NARROW):
+            v[:, start:, start : start + part.shape[-1]] = part
+            taus.append(tau)
+        return v, torch.cat(taus, -1)
+    packed, tau = torch.geqrf(panel.contiguous())
+    v = packed.tril_(-1)
+    v.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return v, tau
 
 
 def _rescued(

@@ -88,7 +88,7 @@ def refresh_eigenbasis_and_moments(
         )
         new_bases.append(axis_result.bases)
         if axis_result.order is not None:
-            permuted = permuted.gather(1 + axis, _along(axis_result.order, axis, permuted).expand_as(permuted))
+            permuted = _in_order(permuted, axis, axis_result.order)
         any_refreshed |= axis_result.refreshed
         any_failed |= axis_result.failed
 
@@ -141,6 +141,13 @@ def kronecker_second_moment(
 
 def _where(chosen: Sequence[bool], bases: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [basis if take else None for take, basis in zip(chosen, bases, strict=True)]
+
+
+def _in_order(stack: Tensor, axis: int, order: Tensor) -> Tensor:
+    """``stack`` (B, d_1, .., d_N) with its slices along ``axis`` in the order (B, d_axis)."""
+    if axis == 0:  # whole rows, which on a CPU takes half of the time that gathering them element by element takes
+        return stack[torch.arange(len(stack), device=stack.device).unsqueeze(1), order]
+    return stack.gather(1 + axis, _along(order, axis, stack).expand_as(stack))
 
 
 def _along(values: Tensor, axis: int, like: Tensor) -> Tensor:

@@ -26,9 +26,11 @@ def matrices(kind: str, size: int) -> Tensor:
     }[kind]
 
 
-@pytest.fixture
-def panels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[1000, 2 * PANEL], ids=["panels", "panels in tall panels"])
+def panels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decompositions, "PANELS", {1: PANEL})
+    monkeypatch.setattr(decompositions, "TALL", request.param)
+    monkeypatch.setattr(decompositions, "NARROW", PANEL - 1)
 
 
 @pytest.mark.usefixtures("panels")
@@ -65,6 +67,22 @@ def test_an_order_is_that_of_the_columns(panels_from: int, monkeypatch: pytest.M
     assert failed.tolist() == [False, False, True]
     torch.testing.assert_close(result[:2], orthonormal_columns(expected[:2], expected[:2])[0], rtol=0, atol=1e-13)
     assert torch.equal(result[2], 2 * stack[2].nan_to_num()[:, order[2]])
+
+
+def test_tall_panels_go_by_narrower_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decompositions, "TALL", 400)
+    shapes: list[tuple[int, ...]] = []
+    real = torch.geqrf
+
+    def watch(matrix: Tensor) -> object:
+        shapes.append(tuple(matrix.shape[1:]))
+        return real(matrix)
+
+    monkeypatch.setattr(torch, "geqrf", watch)
+    stack = torch.randn(2, 450, 450, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q, _ = orthonormal_columns(stack, stack)
+    torch.testing.assert_close(q.mT @ q, torch.eye(450, dtype=torch.float64).expand_as(q), rtol=0, atol=2e-14)
+    assert shapes == [(450, 32), (418, 32), (386, 32), (354, 96), (258, 96), (162, 96), (66, 66)]
 
 
 def test_large_matrices_go_by_panels_in_both_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
