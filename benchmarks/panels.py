@@ -7,6 +7,7 @@ on one, and of whole matrices: LAPACK's, by panels that LAPACK takes whole, and 
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -59,7 +60,7 @@ def panel_times(rows: int, columns: int) -> dict[str, float]:
     lines: dict[str, float] = {}
     for name, count in (("all_threads_ms", threads), ("one_thread_ms", 1)):
         torch.set_num_threads(count)
-        lines |= in_turn({name: lambda: torch.geqrf(panel)}, 1)
+        lines |= in_turn({name: partial(torch.geqrf, panel)}, 1)
     torch.set_num_threads(threads)
     return lines
 
@@ -72,7 +73,7 @@ def main() -> None:
     stacks = []
     for count, size in STACKS:
         stack = torch.randn(count, size, size)
-        runs = {name: lambda method=method: method(stack) for name, method in METHODS.items()}
+        runs = {name: partial(method, stack) for name, method in METHODS.items()}
         stacks.append({"stack": [count, size, size], **in_turn(runs, count)})
         print(stacks[-1])
     head = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions()}

@@ -18,8 +18,7 @@ from emerging_optimizers.soap import state
 from emerging_optimizers.soap.incidents import report
 
 #: On a CPU, matrices of at least so many rows are orthonormalised by panels of so many columns, in 0.6 to 0.9 of the
-#: time that LAPACK's QR takes (``benchmarks/panels.py``). Smaller ones are as fast
-#: without.
+#: time that LAPACK's QR takes (``benchmarks/panels.py``). Smaller ones are as fast without.
 PANELS = {256: 64, 384: 96, 1024: 128}
 
 #: A panel of at least so many rows is itself worked on by panels of so many columns: on Intel CPUs LAPACK takes 2 to 7
