@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.parameter_sets import Weight
 from emerging_optimizers.soap.buckets import chunks_of
-from emerging_optimizers.soap.costs import step_flops
+from emerging_optimizers.soap.costs import carry_flops, step_flops
 from emerging_optimizers.soap.layout import Layout, layout_for
 from emerging_optimizers.soap.ownership import place_parameters
 from emerging_optimizers.soap.placement import Place
@@ -283,9 +283,9 @@ def step_work(layout: Layout) -> list[int]:
 
 
 def refresh_work(layout: Layout, axis: int) -> list[int]:
-    """Of the refresh of one axis, per kind; the FLOPs add up to ``timing.refresh_flops``."""
+    """Of the refresh of one axis, per kind; the FLOPs add up to ``costs.refresh_flops``."""
     size = layout.shape[axis]
-    return [4 * prod(layout.shape) * size, 2 * size**3, 4 * size**3, 0]
+    return [carry_flops(size, prod(layout.shape)), 2 * size**3, 4 * size**3, 0]
 
 
 def work(division: Division) -> Tensor:

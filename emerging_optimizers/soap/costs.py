@@ -17,10 +17,21 @@ def step_flops(layout: Layout) -> int:
 def refresh_flops(layout: Layout, axis: int) -> int:
     """Roughly what a refresh of one axis costs: ``K Q``, its QR, and the first moment out of the basis and in again.
 
-    At frequency 1 the moment stays outside, so that this is ``2 numel d`` too much.
+    At frequency 1 the moment stays outside, so that this is up to ``2 numel d`` too much.
     """
-    size = layout.shape[axis]
-    return 2 * size**3 + 4 * size**3 + 4 * prod(layout.shape) * size
+    size, entries = layout.shape[axis], prod(layout.shape)
+    return 2 * size**3 + 4 * size**3 + carry_flops(size, entries)
+
+
+def carry_flops(size: int, entries: int) -> int:
+    """What it costs to carry that many entries from an old basis of this size to a new one."""
+    rotated, out_and_in = 2 * size**3 + 2 * entries * size, 4 * entries * size
+    return rotated if carried_by_rotation(size, entries) else out_and_in
+
+
+def carried_by_rotation(size: int, entries: int) -> bool:
+    """Whether entries are carried by ``Q_old^T Q_new``: where that is the cheaper way, along the shorter axes."""
+    return size**2 < entries
 
 
 def mean_flops(layout: Layout, frequency: int) -> float:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emerging_optimizers.precision import matrix_product
+from emerging_optimizers.soap.costs import carried_by_rotation
 from emerging_optimizers.soap.eigenbasis import refresh_bases
 from emerging_optimizers.soap.kronecker import project, project_back, rayleigh_quotients
 
@@ -96,8 +98,7 @@ def refresh_eigenbasis_and_moments(
         carried = project(original, new_bases)
     else:
         # Only along the axes that were refreshed: the other bases would take it out and in again.
-        outside = exp_avg if bases is None else project_back(exp_avg, _where(turned, bases))
-        carried = project(outside, _where(turned, new_bases))
+        carried = _carry(exp_avg, None if bases is None else _where(turned, bases), _where(turned, new_bases))
     new_exp_avg = carried
     if adaptive_tolerance is not None:
         new_exp_avg = torch.where(along_stack(any_refreshed, exp_avg), carried, exp_avg)
@@ -141,6 +142,23 @@ def kronecker_second_moment(
 
 def _where(chosen: Sequence[bool], bases: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [basis if take else None for take, basis in zip(chosen, bases, strict=True)]
+
+
+def _carry(stack: Tensor, old: Sequence[Tensor | None] | None, new: Sequence[Tensor | None]) -> Tensor:
+    """``stack`` (B, d_1, .., d_N) out of the old bases (None: it is in none) and into the new ones.
+
+    Along a short axis by ``Q_old^T Q_new``, which is one product of its length with the stack instead of two.
+    """
+    if old is None:
+        return project(stack, new)
+    entries = stack[0].numel()
+    short = [basis is not None and carried_by_rotation(basis.shape[-1], entries) for basis in old]
+    outside = project_back(stack, [None if turn else basis for turn, basis in zip(short, old, strict=True)])
+    into = [
+        matrix_product(before.mT, after) if turn and before is not None and after is not None else after
+        for turn, before, after in zip(short, old, new, strict=True)
+    ]
+    return project(outside, into)
 
 
 def _in_order(stack: Tensor, axis: int, order: Tensor) -> Tensor:

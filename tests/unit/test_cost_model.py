@@ -158,9 +158,10 @@ def test_predicted_time_by_hand() -> None:
     machine = MACHINES["H100"]._replace(
         products=10.0, full_products=5.0, decompositions=2.0, elements=1.0, fast=16.0, latency=0.5, hop=0.25
     )
-    # (4, 2), refreshed in one of two steps: 8 elements, 6 * 8 * (4 + 2) FLOPs; 2 and 4 d^3 and 4 * 8 d for d = 4, 2.
+    # (4, 2), refreshed in one of two steps: 8 elements, 6 * 8 * (4 + 2) FLOPs; 2 and 4 d^3 for d = 4, 2; the moment is
+    # carried by 4 * 8 d along 4 and by 2 d^3 + 2 * 8 d along 2.
     step = 288 / 10 + 8 / 1
-    refresh = 4 * 8 * 6 / 10 + 2 * 72 / 5 + 4 * 72 / 2
+    refresh = (4 * 8 * 4 + 2 * 8 + 2 * 8 * 2) / 10 + 2 * 72 / 5 + 4 * 72 / 2
     alone = predict(divide([Weight("w", (4, 2), True)], Options(frequency=2), Mesh(1, 1)), machine)
     assert alone.mean == pytest.approx(step + refresh / 2)
     assert alone.worst == pytest.approx(step + refresh)

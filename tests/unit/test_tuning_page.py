@@ -81,7 +81,7 @@ def test_the_shares_are_the_planners(tokens: int) -> None:
 def test_the_shares_of_other_frequencies_are_the_planners() -> None:
     model = load_model("gpt2")
     shares = [plan(model, tokens_per_step=524_288, precondition_frequency=f).overhead() for f in (1, 3, 10, 100)]
-    assert [round(100 * share, 2) for share in shares] == [2.08, 0.99, 0.61, 0.47]
+    assert [round(100 * share, 2) for share in shares] == [2.06, 0.99, 0.61, 0.47]
     assert "2.1% at frequency 1, 1.0% at 3, 0.61% at 10 and 0.47% at 100" in " ".join(PAGE.split())
 
 
