@@ -267,7 +267,7 @@ def test_a_run_with_failures_in_half_of_the_calls_goes_on_and_recovers(
         assert fault.planted > 5
     after = train(optimizer, model, 40, start=60)
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
-    assert sum(after[-10:]) <= 1.2 * sum(losses[-10:])  # which at this rate no longer falls by itself on every CPU
+    assert sum(after[-10:]) <= 1.1 * sum(losses[-10:])  # which at this rate no longer falls by itself on every CPU
     assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
 
 
