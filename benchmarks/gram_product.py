@@ -1,4 +1,6 @@
-"""A Gram product into a Kronecker factor, whole and by blocks of its lower half: the reason for ``GRAM_ROWS``.
+"""A Gram product into a Kronecker factor, whole and by blocks of its lower half, which is mirrored before a refresh.
+
+The reason for ``GRAM_ROWS``.
 
 Run as ``python -m benchmarks.gram_product`` on a machine left alone; half a minute.
 """
@@ -8,14 +10,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 
 from emerging_optimizers.lab.machine import machine, versions
+from emerging_optimizers.precision import fp32_matmul_precision
 from emerging_optimizers.soap import kronecker
 
 OUT = Path(__file__).parent / "results" / "gram_product.json"
-SIZES = [(1, 2048, 512), (1, 1536, 512), (1, 1024, 1024), (1, 512, 2048), (2, 512, 512), (16, 512, 128)]
+SIZES = [(1, 2048, 512), (1, 1536, 512), (1, 1024, 1024), (1, 512, 2048), (2, 512, 512), (4, 768, 768), (16, 512, 128)]
 ROUNDS = 15
 
 
@@ -23,17 +27,24 @@ def main() -> None:
     lines = []
     for count, size, rank in SIZES:
         matrix, factor = torch.randn(count, size, rank), torch.zeros(count, size, size)
-        times: dict[int, list[float]] = {size: [], 384: [], 256: []}
+        products: dict[int, list[float]] = {size: [], 256: [], 128: [], 64: []}
+        mirrors: dict[int, list[float]] = {rows: [] for rows in products}
         for _ in range(ROUNDS):
-            for rows, taken in times.items():
-                kronecker.GRAM_ROWS = min(rows, rank) if rows < size else size
-                begin = perf_counter()
-                kronecker.update_factors([factor, None], matrix, 0.95)
-                taken.append(1000 * (perf_counter() - begin))
-        whole, *blocks = (round(median(taken), 2) for taken in times.values())
-        stack = [count, size, rank]
-        lines.append({"stack": stack, "whole_ms": whole, "rows_384_ms": blocks[0], "rows_256_ms": blocks[1]})
-        print(lines[-1])
+            for rows in products:
+                kronecker.GRAM_ROWS = rows
+                with fp32_matmul_precision("highest", matrix):
+                    begin = perf_counter()
+                    kronecker._decay_and_add_gram_(factor, matrix, 0.95, None)
+                    middle = perf_counter()
+                    kronecker.mirror_(factor)
+                products[rows].append(1000 * (middle - begin))
+                mirrors[rows].append(1000 * (perf_counter() - middle))
+        line: dict[str, Any] = {"stack": [count, size, rank]}
+        for rows, taken in products.items():
+            line["whole_ms" if rows == size else f"rows_{rows}_ms"] = round(median(taken), 2)
+        line["mirror_rows_128_ms"] = round(median(mirrors[128]), 2)
+        lines.append(line)
+        print(line)
     head = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions()}
     OUT.write_text(json.dumps({**head, "results": lines}, indent=1) + "\n")
 

@@ -5,11 +5,14 @@ factor ``K_k`` and a basis ``Q_k`` are (B, d_k, d_k). Axis numbers count the gra
 include the stack. A list of factors or bases has one entry per axis, ``None`` where the axis has none: its basis is
 the identity. Columns of ``Q_k`` are eigenvectors. Nothing here knows the optimizer; nothing reads a device value on
 the host.
+
+Factors are symmetric, and their lower triangle is what counts: :func:`update_factors` and its like write no more where
+that saves time (:func:`lower_only`), and whoever multiplies with a factor :func:`completes <complete_>` it first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import sqrt
 
 import torch
@@ -17,9 +20,12 @@ from torch import Tensor
 
 from emerging_optimizers.precision import add_matrix_product_, fp32_matmul_precision, matrix_product
 
-#: On a CPU, a Gram product of more rows than this is formed in blocks of them, its lower half only, and mirrored, in
-#: 0.6 to 0.9 of the time (``benchmarks/gram_product.py``). With fewer columns the mirroring takes what that saves.
-GRAM_ROWS = 256
+#: On a CPU, a Gram product of more than twice as many rows is formed in blocks of so many, its lower half only, in 0.6
+#: to 0.9 of the time; with fewer columns in the same (``benchmarks/gram_product.py``).
+GRAM_ROWS = 128
+
+#: Rows that are multiplied elementwise at a time: what fits into a core's cache.
+CACHED_ROWS = 256
 
 
 def unfold(stack: Tensor, axis: int) -> Tensor:
@@ -67,7 +73,7 @@ def update_factors(factors: Sequence[Tensor | None], grad: Tensor, beta: float, 
     """``K_k <- beta K_k + (1 - beta) unfold_k(G) unfold_k(G)^T``, in place (SOAP, arXiv 2409.11321, algorithm 3).
 
     Args:
-        factors: ``K_k`` per axis.
+        factors: ``K_k`` per axis. Where :func:`lower_only`, only the lower triangle is read and written.
         grad: ``G``, zero where ``finite`` is false.
         beta: The decay.
         finite: Boolean (B,); a factor stays as it is where it is false.
@@ -95,7 +101,8 @@ def update_factors_kl(
     outside of its history, the factor stays as it is.
 
     Args:
-        factors: ``K_k`` per axis. An axis without one takes part with ``S_j = I / d_j``.
+        factors: ``K_k`` per axis. An axis without one takes part with ``S_j = I / d_j``. Where :func:`lower_only`, only
+            the lower triangle counts.
         grad: ``G``, zero where ``finite`` is false.
         beta: The decay.
         bases: ``Q_k`` per axis. ``None``: there is no basis or no history yet, ``S_j = I / d_j`` for every axis.
@@ -109,6 +116,7 @@ def update_factors_kl(
         if factor is None or basis is None:
             roots.append(None)
         else:
+            complete_([factor], grad[0].numel())
             # eps may round to 0 in float32.
             eigenvalues = rayleigh_quotients(factor, basis).clamp_min(max(eps, torch.finfo(factor.dtype).tiny))
             roots.append(basis * eigenvalues.pow(eigval_exp / 2).unsqueeze(-2))
@@ -142,28 +150,55 @@ def column_products(left: Tensor, right: Tensor) -> Tensor:
     By blocks of rows, added up where they stand: elementwise products of whole factors would be new memory as large as
     them.
     """
-    (first_left, *lefts), (first_right, *rights) = (torch.split(stack, GRAM_ROWS, -2) for stack in (left, right))
+    (first_left, *lefts), (first_right, *rights) = (torch.split(stack, CACHED_ROWS, -2) for stack in (left, right))
     products = first_left * first_right
     for a, b in zip(lefts, rights, strict=True):
         products[..., : a.shape[-2], :].addcmul_(a, b)
     return products.sum(-2)
 
 
+def lower_only(factor: Tensor, entries: int) -> bool:
+    """Whether only the lower triangles of (B, d, d), factors of tensors with so many entries, are kept up to date.
+
+    Of blocks on the diagonal both are.
+    """
+    size = factor.shape[-1]
+    return factor.device.type == "cpu" and size > 2 * GRAM_ROWS and entries > size * GRAM_ROWS
+
+
+def complete_(factors: Iterable[Tensor | None], entries: int) -> None:
+    """Brings the upper triangles up to date where :func:`lower_only`."""
+    for factor in factors:
+        if factor is not None and lower_only(factor, entries):
+            mirror_(factor)
+
+
+def complete_what_comes_from_a_cpu_(factor: Tensor) -> None:
+    """Brings the upper triangle of (d, d) up to date if it differs from the lower one by more than rounding can.
+
+    Where both are written, they may differ by that, and a run that is resumed must not.
+    """
+    if factor.shape[-1] > 2 * GRAM_ROWS and bool((factor - factor.mT).abs().max() > 1e-5 * factor.abs().max()):
+        mirror_(factor.unsqueeze(0))
+
+
+def mirror_(factor: Tensor) -> None:
+    """Copies the lower triangles of (B, d, d), but for blocks on the diagonal, to the upper ones."""
+    for start in range(GRAM_ROWS, factor.shape[-1], GRAM_ROWS):
+        stop = start + GRAM_ROWS
+        for upper, lower in zip(factor[:, :start, start:stop], factor[:, start:stop, :start], strict=True):
+            upper.copy_(lower.mT)  # of single matrices: torch transposes those by blocks
+
+
 def _decay_and_add_gram_(factor: Tensor, matrix: Tensor, beta: float, finite: Tensor | None) -> None:
-    """``factor <- beta factor + (1 - beta) matrix matrix^T`` for (B, d, d) and (B, d, r)."""
+    """``factor <- beta factor + (1 - beta) matrix matrix^T`` for (B, d, d) and (B, d, r), or its lower triangle."""
     if finite is not None:
         # The matrix is zero where it is not finite, so only the decay must be held back there.
         factor.mul_(1 - (1 - beta) * finite.to(factor.dtype).view(-1, 1, 1))
     decay = beta if finite is None else 1.0
     size, rank = matrix.shape[1:]
-    rows = GRAM_ROWS if factor.device.type == "cpu" and size > GRAM_ROWS and rank >= GRAM_ROWS else size
-    if rows == size:
-        add_matrix_product_(factor, matrix, matrix.mT, beta=decay, alpha=1 - beta)
-        return
+    rows = GRAM_ROWS if lower_only(factor, size * rank) else size
     for start in range(0, size, rows):
         stop = min(start + rows, size)
         lower = factor[:, start:stop, :stop]
         add_matrix_product_(lower, matrix[:, start:stop], matrix[:, :stop].mT, beta=decay, alpha=1 - beta)
-        if start:
-            for upper, one in zip(factor[:, :start, start:stop], lower[:, :, :start], strict=True):
-                upper.copy_(one.mT)  # of single matrices: torch transposes those by blocks

@@ -90,7 +90,7 @@ def memory_growth(*words: object) -> dict[str, int]:
 
 
 def grows(growth: dict[str, int], steps: int) -> bool:
-    # Churn of caches makes 10 to 35 thousand bytes in all, whether after 3,000 steps or after 9,000. Per step the smallest
+    # Churn of caches makes 5 to 35 thousand bytes in all, after 3,000 steps as after 9,000. Per step the smallest
     # object, a float, is 24 bytes, and the smallest tensor, invisible to Python once only C++ holds it, some 300.
     return growth["tensors"] != 0 or growth["python"] >= 16 * steps or growth["resident"] >= 128 * steps
 
