@@ -24,7 +24,7 @@ from emerging_optimizers.soap.kronecker import mirror_, project
 from emerging_optimizers.soap.layout import Layout, layout_of
 from emerging_optimizers.soap.options import refresh_frequency
 from emerging_optimizers.soap.packing import packed_size, unpack
-from emerging_optimizers.soap.state import is_elsewhere
+from emerging_optimizers.soap.state import axes_outside, is_elsewhere
 
 
 @torch.no_grad()
@@ -166,10 +166,11 @@ def _examine_factor(entry: Entry, axis: int, size: int, has_basis: bool, exact_s
 
 
 def _rotated(entry: Entry, exp_avg: Tensor, layout: Layout) -> Tensor:
-    """A first moment that is kept in the original space, in the eigenbasis, where the second moment is."""
+    """A first moment that is kept outside of some bases, in all of them, where the second moment is."""
+    outside = axes_outside(_count(entry, "unrotated"), layout)
     moment = exp_avg.to(torch.promote_types(exp_avg.dtype, torch.float32))
     bases = [
-        _tensor(entry, f"Q_{axis}").to(moment.dtype).unsqueeze(0) if axis in layout.axes else None
+        _tensor(entry, f"Q_{axis}").to(moment.dtype).unsqueeze(0) if axis in outside else None
         for axis in range(len(layout.shape))
     ]
     return project(moment.reshape(1, *layout.shape), bases).view(exp_avg.shape)

@@ -18,7 +18,7 @@ from emerging_optimizers.soap import kronecker, state
 from emerging_optimizers.soap.buckets import NO_AXIS, Run, stretches
 from emerging_optimizers.soap.incidents import report_skipped_gradient
 from emerging_optimizers.soap.options import name_of
-from emerging_optimizers.soap.refresh import along_stack, refresh_eigenbasis_and_moments
+from emerging_optimizers.soap.refresh import along_stack, refresh_eigenbasis_and_moments, take_out
 from emerging_optimizers.soap.timing import Timetable
 
 
@@ -91,7 +91,7 @@ def _update(
     projected = grad
     if run.layout is not None:
         _update_factors(run, grad, group, finite)
-        original = _moment_outside(run, group, timetable)
+        original = _moment_outside(run, group, timetable, finite)
         if _refresh_if_due(run, group, timetable, finite, original):
             bases = run.matrices("Q")
             projected = kronecker.project(grad, bases)
@@ -108,11 +108,14 @@ def _update(
         use_nesterov=group["use_nesterov"],
         finite=mask,
     )
-    if original is None:
-        run.keep("exp_avg", exp_avg)
-    else:
+    if original is not None:
         run.keep("exp_avg", move_first_moment_(original, grad, group["betas"][0], mask))
-        run.counters("unrotated").fill_(1)
+        run.counters("unrotated").fill_(state.OUT_OF_ALL)
+    else:
+        leave = () if bases is None or mask is not None else _axes_to_leave(run, timetable)
+        run.keep("exp_avg", take_out(exp_avg, bases or (), leave) if leave else exp_avg)
+        if leave:
+            run.counters("unrotated").fill_(state.flags_of(leave))
     if bases is not None:
         direction = kronecker.project_back(direction, bases)
     if group["max_update_rms"] > 0:
@@ -165,18 +168,39 @@ def _update_factors(run: Run, grad: Tensor, group: dict[str, Any], finite: Tenso
     run.keep_matrices("GG", factors)
 
 
-def _moment_outside(run: Run, group: dict[str, Any], timetable: Timetable) -> Tensor | None:
+def _moment_outside(run: Run, group: dict[str, Any], timetable: Timetable, finite: Tensor | None) -> Tensor | None:
     """A copy of the first moment in the original space where it stays there, which spares taking it out every time.
 
-    That is where all bases are refreshed at every step. Where they no longer are, the moment moves into them.
+    That is where all bases are refreshed at every step. Where they no longer are, the moment moves into them, but for
+    those out of which it was taken because they are refreshed in this step.
     """
+    layout = run.layout or NO_AXIS
+    outside = state.axes_outside(run.unrotated, layout)
     if run.based and timetable.every_step(run.step) and not group["use_adaptive_criteria"]:
+        inside = [axis for axis in layout.axes if axis not in outside]
         moment = run.moment("exp_avg")
-        return moment.clone() if run.unrotated else kronecker.project_back(moment, run.matrices("Q"))
-    if run.unrotated:
-        run.keep("exp_avg", kronecker.project(run.moment("exp_avg"), run.matrices("Q")))
-        run.counters("unrotated").zero_()
+        return take_out(moment, run.matrices("Q"), inside) if inside else moment.clone()
+    if outside:
+        stay = outside if finite is None else ()
+        for index in run.indices:
+            stay = tuple(axis for axis in stay if axis in timetable.axes_to_leave(index, layout, run.step - 1))
+        bases = run.matrices("Q")
+        enter = [basis if axis in outside and axis not in stay else None for axis, basis in enumerate(bases)]
+        if any(basis is not None for basis in enter):
+            run.keep("exp_avg", kronecker.project(run.moment("exp_avg"), enter))
+        run.unrotated = state.flags_of(stay)
+        run.counters("unrotated").fill_(run.unrotated)
     return None
+
+
+def _axes_to_leave(run: Run, timetable: Timetable) -> tuple[int, ...]:
+    """The axes whose bases the first moment leaves at the end of a step, because the next one refreshes them.
+
+    Nobody's that is worked on with others, which would have to part with it in the next step, or that is rounded.
+    """
+    if len(run.bucket.parameters) > 1 or run.kept("exp_avg").dtype != run.bucket.dtype:
+        return ()
+    return timetable.axes_to_leave(run.indices[0], run.layout or NO_AXIS, run.step)
 
 
 def _refresh_if_due(
@@ -232,6 +256,7 @@ def _refresh(
         exp_avg,
         exp_avg_sq,
         original=original,
+        outside=state.axes_outside(run.unrotated, run.layout or NO_AXIS) if original is None else (),
         axes=axes,
         use_eigh=group["use_eigh"],
         adaptive_tolerance=group["adaptive_update_tolerance"] if group["use_adaptive_criteria"] else None,

@@ -143,8 +143,8 @@ class Bucket:
         refresh_steps = self.stacks["refresh_step"].tolist() if self.layout else none
         unrotated = self.stacks["unrotated"].tolist() if self.layout else none
         clocks = [
-            None if grad is None else (int(step), refresh_step > 0, flag > 0)
-            for grad, step, refresh_step, flag in zip(grads, steps, refresh_steps, unrotated, strict=True)
+            None if grad is None else (int(step), refresh_step > 0, int(flags))
+            for grad, step, refresh_step, flags in zip(grads, steps, refresh_steps, unrotated, strict=True)
         ]
         for start, stop in stretches(clocks):
             clock = clocks[start]
@@ -161,7 +161,7 @@ class Run:
         stop: One past the last.
         step: The steps that they have done.
         based: Whether they have an eigenbasis.
-        unrotated: Whether their first moment is in the original space all the same.
+        unrotated: Out of which bases their first moment is all the same, see ``state.axes_outside``.
         grads: Their gradients.
     """
 
@@ -172,7 +172,7 @@ class Run:
         stop: int,
         step: int,
         based: bool,
-        unrotated: bool,
+        unrotated: int,
         grads: Sequence[Tensor | None],
     ) -> None:
         self.bucket, self.start, self.stop = bucket, start, stop

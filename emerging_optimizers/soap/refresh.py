@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ def refresh_eigenbasis_and_moments(
     exp_avg_sq: Tensor,
     *,
     original: Tensor | None = None,
+    outside: Collection[int] = (),
     axes: Sequence[int] | None = None,
     use_eigh: bool = False,
     adaptive_tolerance: float | None = None,
@@ -59,6 +60,7 @@ def refresh_eigenbasis_and_moments(
         exp_avg: ``M``, (B, d_1, .., d_N), in the present bases.
         exp_avg_sq: ``V``, likewise.
         original: ``M`` in the original space, if it is at hand: it is then not taken out of the present bases.
+        outside: Axes whose present basis ``exp_avg`` is out of already. They are among those that are refreshed.
         axes: The axes whose basis is refreshed; None: all that have a factor.
         use_eigh: Decompose instead of iterating.
         adaptive_tolerance: Leave a factor's basis alone where it holds at this tolerance; None: never.
@@ -98,7 +100,7 @@ def refresh_eigenbasis_and_moments(
         carried = project(original, new_bases)
     else:
         # Only along the axes that were refreshed: the other bases would take it out and in again.
-        carried = _carry(exp_avg, None if bases is None else _where(turned, bases), _where(turned, new_bases))
+        carried = _carry(exp_avg, None if bases is None else _where(turned, bases), _where(turned, new_bases), outside)
     new_exp_avg = carried
     if adaptive_tolerance is not None:
         new_exp_avg = torch.where(along_stack(any_refreshed, exp_avg), carried, exp_avg)
@@ -144,21 +146,30 @@ def _where(chosen: Sequence[bool], bases: Sequence[Tensor | None]) -> list[Tenso
     return [basis if take else None for take, basis in zip(chosen, bases, strict=True)]
 
 
-def _carry(stack: Tensor, old: Sequence[Tensor | None] | None, new: Sequence[Tensor | None]) -> Tensor:
+def take_out(stack: Tensor, bases: Sequence[Tensor | None], axes: Collection[int]) -> Tensor:
+    """``stack`` (B, d_1, .., d_N) out of the bases of these axes."""
+    return project_back(stack, [basis if axis in axes else None for axis, basis in enumerate(bases)])
+
+
+def _carry(
+    stack: Tensor, old: Sequence[Tensor | None] | None, new: Sequence[Tensor | None], outside: Collection[int] = ()
+) -> Tensor:
     """``stack`` (B, d_1, .., d_N) out of the old bases (None: it is in none) and into the new ones.
 
-    Along a short axis by ``Q_old^T Q_new``, which is one product of its length with the stack instead of two.
+    Along a short axis by ``Q_old^T Q_new``, which is one product of its length with the stack instead of two; not along
+    one of whose old basis it is out.
     """
     if old is None:
         return project(stack, new)
     entries = stack[0].numel()
-    short = [basis is not None and carried_by_rotation(basis.shape[-1], entries) for basis in old]
-    outside = project_back(stack, [None if turn else basis for turn, basis in zip(short, old, strict=True)])
-    into = [
-        matrix_product(before.mT, after) if turn and before is not None and after is not None else after
-        for turn, before, after in zip(short, old, new, strict=True)
-    ]
-    return project(outside, into)
+    rotations = list(new)
+    inside = [axis for axis, basis in enumerate(old) if basis is not None and axis not in outside]
+    for axis in [axis for axis in inside if carried_by_rotation(stack.shape[1 + axis], entries)]:
+        before, after = old[axis], new[axis]
+        if before is not None and after is not None:
+            rotations[axis] = matrix_product(before.mT, after)
+        inside.remove(axis)
+    return project(take_out(stack, old, inside) if inside else stack, rotations)
 
 
 def _in_order(stack: Tensor, axis: int, order: Tensor) -> Tensor:

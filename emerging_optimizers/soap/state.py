@@ -16,6 +16,9 @@ from emerging_optimizers.soap.packing import packed_size
 #: State that the host reads at every step and that is therefore on the CPU.
 HOST_KEYS = ("step", "refresh_step", "unrotated")
 
+#: The value of ``unrotated`` where the first moment is out of all bases.
+OUT_OF_ALL = 1
+
 #: What ``state_dtype`` may be besides None.
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -35,9 +38,9 @@ def init_state(
     """Fills an empty state. Its keys depend on the layout alone, so every process that trains a model has the same.
 
     ``step``, ``refresh_step`` (the value of ``step`` after the last refresh that was due, 0 without a basis) and
-    ``unrotated`` (1 where ``exp_avg`` is in the original space although there is a basis, else 0) are on the CPU, where
-    the host reads them without waiting. The first two are float64: a float32 counter stands still at 2**24, and with
-    it the refreshes. Everything else is on the parameter's device. ``Q_k`` is the identity until there is a basis.
+    ``unrotated`` (see :func:`axes_outside`) are on the CPU, where the host reads them without waiting. The first two
+    are float64: a float32 counter stands still at 2**24, and with it the refreshes. Everything else is on the
+    parameter's device. ``Q_k`` is the identity until there is a basis.
 
     Args:
         state: Is filled.
@@ -63,6 +66,22 @@ def init_state(
         size = layout.shape[axis]
         state[f"GG_{axis}"] = torch.zeros(factor_shape(size, pack_factors), **like)
         state[f"Q_{axis}"] = torch.eye(size, **kept)
+
+
+def axes_outside(unrotated: int, layout: Layout) -> tuple[int, ...]:
+    """The axes whose basis the first moment is out of, although there is one.
+
+    Example:
+        >>> layout = Layout((8, 4), (0, 1))
+        >>> [axes_outside(flags, layout) for flags in (0, OUT_OF_ALL, flags_of((0,)), flags_of((1,)))]
+        [(), (0, 1), (0,), (1,)]
+    """
+    return tuple(axis for axis in layout.axes if unrotated & (OUT_OF_ALL | 2 << axis))
+
+
+def flags_of(axes: Iterable[int]) -> int:
+    """The value of ``unrotated`` where the first moment is out of the bases of these axes alone."""
+    return sum(2 << axis for axis in axes)
 
 
 def factor_shape(size: int, pack_factors: bool) -> tuple[int, ...]:
