@@ -29,7 +29,7 @@ from emerging_optimizers.lab.machine import machine, versions
 from emerging_optimizers.lab.optimizers import tuned_rate
 from emerging_optimizers.lab.options import Options
 from emerging_optimizers.lab.race import Race
-from emerging_optimizers.soap import algorithm, buckets, decompositions, kronecker
+from emerging_optimizers.soap import algorithm, buckets, decompositions, kronecker, refresh
 
 RESULTS = Path(__file__).parent / "results/unchanged_curves.json"
 TASK = "charlm"
@@ -52,6 +52,7 @@ VARIANTS: dict[str, list[tuple[Any, str, Any]]] = {
         (decompositions, "PANELS", {NEVER: 1}),
         (algorithm, "adam_direction", adam_in_passes),
         (algorithm, "_moment_outside", lambda *_: None),
+        (refresh, "carried_by_rotation", lambda *_: False),
     ],
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 from emerging_optimizers.soap.layout import Layout
 
@@ -39,12 +40,14 @@ def mean_flops(layout: Layout, frequency: int) -> float:
     return step_flops(layout) + sum(refresh_flops(layout, axis) for axis in layout.axes) / frequency
 
 
-def share_out(costs: Sequence[float], loads: Sequence[float]) -> list[int]:
+def share_out(costs: Sequence[float], loads: Sequence[float], kinds: Sequence[Any] | None = None) -> list[int]:
     """Greedy longest-processing-time scheduling (Graham 1969): the most expensive first, each to the least loaded.
 
     Args:
         costs: Of each job.
         loads: What each worker has to do already.
+        kinds: Of each job, sortable; jobs of one kind and cost follow each other, and go to the same worker as long as
+            it then has no more than its share of all work. None: each is of a kind of its own.
 
     Returns:
         Per job the number of its worker.
@@ -52,12 +55,21 @@ def share_out(costs: Sequence[float], loads: Sequence[float]) -> list[int]:
     Example:
         >>> share_out([1, 4, 2, 3], [0, 0])
         [0, 0, 1, 1]
+        >>> share_out([4, 1, 1, 1, 1, 4], [0, 0, 0]), share_out([4, 1, 1, 1, 1, 4], [0, 0, 0], "abbbba")
+        ([0, 2, 2, 2, 2, 1], [0, 2, 2, 2, 2, 1])
     """
     heap = [(load, worker) for worker, load in enumerate(loads)]
     heapq.heapify(heap)
     workers = [0] * len(costs)
-    for job in sorted(range(len(costs)), key=lambda job: (-costs[job], job)):
-        load, worker = heap[0]
+    share = (sum(costs) + sum(loads)) / len(loads)
+    kind_of = range(len(costs)) if kinds is None else kinds
+    order = sorted(range(len(costs)), key=lambda job: (-costs[job], kind_of[job], job))
+    worker, load = -1, share
+    for former, job in zip([None, *order], order, strict=False):
+        if former is None or kind_of[former] != kind_of[job] or load + costs[job] > share:
+            if former is not None:
+                heapq.heappush(heap, (load, worker))
+            load, worker = heapq.heappop(heap)
         workers[job] = worker
-        heapq.heapreplace(heap, (load + costs[job], worker))
+        load += costs[job]
     return workers

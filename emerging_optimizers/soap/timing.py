@@ -115,7 +115,8 @@ def refresh_offsets(layouts: Sequence[Layout], period: int, processes: int = 1) 
         if jobs:
             steps = [0] * min(period, len(jobs))  # more places than jobs stay empty
             flops = [refresh_flops(layouts[i], axis) for i, axis in jobs]
-            steps_of_jobs = share_out(flops, steps)
+            kinds = [(layouts[i], axis) for i, axis in jobs]  # of which some can be refreshed together
+            steps_of_jobs = share_out(flops, steps, kinds)
             for job, step in zip(flops, steps_of_jobs, strict=True):
                 steps[step] += job
             apart = _heavy_ones_apart(steps)
