@@ -15,7 +15,7 @@ from torch import Tensor
 from emerging_optimizers.adam import adam_direction, move_first_moment_, raise_to_floor
 from emerging_optimizers.mixin import WeightDecayMixin, scalar_lr
 from emerging_optimizers.soap import kronecker, state
-from emerging_optimizers.soap.buckets import NO_AXIS, Run, stretches
+from emerging_optimizers.soap.buckets import NO_AXIS, Run, is_always_alone, stretches
 from emerging_optimizers.soap.incidents import report_skipped_gradient
 from emerging_optimizers.soap.options import name_of
 from emerging_optimizers.soap.refresh import along_stack, refresh_eigenbasis_and_moments, take_out
@@ -196,11 +196,12 @@ def _moment_outside(run: Run, group: dict[str, Any], timetable: Timetable, finit
 def _axes_to_leave(run: Run, timetable: Timetable) -> tuple[int, ...]:
     """The axes whose bases the first moment leaves at the end of a step, because the next one refreshes them.
 
-    Nobody's that is worked on with others, which would have to part with it in the next step, or that is rounded.
+    Nobody's that may be worked on with others, which would have to part with it in the next step, or that is rounded.
     """
-    if len(run.bucket.parameters) > 1 or run.kept("exp_avg").dtype != run.bucket.dtype:
+    layout = run.layout or NO_AXIS
+    if not is_always_alone(layout) or run.kept("exp_avg").dtype != run.bucket.dtype:
         return ()
-    return timetable.axes_to_leave(run.indices[0], run.layout or NO_AXIS, run.step)
+    return timetable.axes_to_leave(run.indices[0], layout, run.step)
 
 
 def _refresh_if_due(

@@ -377,8 +377,17 @@ def form_buckets(
 
 def _chunks(layout: Layout | None, members: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
     """Cuts members so that no stack of several has more than :data:`CHUNK_ELEMENTS`."""
-    factors = max((layout.shape[axis] ** 2 for axis in layout.axes), default=0) if layout is not None else 0
-    return batches(members, lambda member: max(prod(member[1].shape), factors), CHUNK_ELEMENTS)
+    return batches(members, lambda member: _size(layout or NO_AXIS, prod(member[1].shape)), CHUNK_ELEMENTS)
+
+
+def _size(layout: Layout, entries: int) -> int:
+    """The elements of a member in the largest of its stacks."""
+    return max(entries, *(layout.shape[axis] ** 2 for axis in layout.axes), 0)
+
+
+def is_always_alone(layout: Layout) -> bool:
+    """Whether no two parameters with this layout are in one bucket, whatever the others and the processes are."""
+    return 2 * _size(layout, prod(layout.shape)) > CHUNK_ELEMENTS
 
 
 def batches(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:

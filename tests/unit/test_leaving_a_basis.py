@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from emerging_optimizers.health import examine
-from emerging_optimizers.soap import SOAP
+from emerging_optimizers.soap import SOAP, buckets
 from emerging_optimizers.soap import state as state_module
 from emerging_optimizers.soap.layout import Layout
 from emerging_optimizers.soap.state import axes_outside, flags_of
@@ -17,6 +17,13 @@ from emerging_optimizers.soap.timing import Timetable
 
 SHAPES = [(9, 4), (4, 10), (3, 5, 4), (6, 6)]
 STEPS = 33
+
+
+@pytest.fixture(autouse=True)
+def every_tensor_is_worked_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "CHUNK_ELEMENTS", 0)  # as large ones are
+
+
 DIRTY, MISSING = "dirty", "missing"
 
 
@@ -144,6 +151,14 @@ def test_health_sees_the_moment_in_all_bases(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_moment_that_would_be_rounded_once_more_or_may_keep_its_basis_stays(options: dict[str, Any]) -> None:
     _, flags = train(options, dtype=torch.float32)
     assert not any(map(any, flags))
+
+
+def test_tensors_that_may_be_worked_on_with_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "CHUNK_ELEMENTS", 2 * 100)  # two of (4, 10) fit, whose factor has 100 elements
+    _, flags = train({})
+    assert not any(map(any, flags))
+    assert buckets.is_always_alone(Layout((11, 2), (0, 1)))
+    assert not buckets.is_always_alone(Layout((10, 9), (0,)))
 
 
 def test_flags() -> None:
