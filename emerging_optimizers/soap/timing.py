@@ -88,7 +88,8 @@ class Timetable:
 def refresh_offsets(layouts: Sequence[Layout], period: int, processes: int = 1) -> tuple[tuple[int, ...], ...]:
     """A place in the period for every preconditioned axis, such that each step of the period has about the same work.
 
-    Greedy: the most expensive refresh first, each to the step with the least work so far. Then the steps with the most
+    Greedy: the most expensive refresh first, each to the step with the least work so far; those of one layout and axis
+    stay together while a step has no more than its share, since they can be one stack. Then the steps with the most
     work are set apart, because some of it is done in the step before (:meth:`Timetable.axes_to_leave`). Where several
     processes share the matrices, each one's are spread by themselves: like owners then refresh like sizes in the same
     step, and none waits for another.
