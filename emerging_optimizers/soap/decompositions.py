@@ -2,8 +2,8 @@
 
 Each takes a stack (B, d, d) and what to keep where nothing helps. A matrix whose decomposition raises, or returns
 something that is not finite, is retried alone in float64, then on the CPU, and then what was there stays. Every call
-of a routine that can fail on a matrix stands in this module; ``tests/reliability/test_faults.py`` plants failures in
-each of them, and fails if there is one that it does not know.
+of a routine that can fail on a matrix stands in this module, or in ``gram_schmidt``, whose failures end up here;
+``tests/reliability/test_faults.py`` plants failures in each of them, and fails if there is one that it does not know.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from emerging_optimizers.precision import add_matrix_product_, fp32_matmul_precision, matrix_product
 from emerging_optimizers.soap import state
+from emerging_optimizers.soap.gram_schmidt import hardly_turned, orthonormalise_
 from emerging_optimizers.soap.incidents import report
+from emerging_optimizers.soap.kronecker import column_products
 
 #: On a CPU, matrices of at least so many rows are orthonormalised by panels of so many columns, in 0.6 to 0.9 of the
 #: time that LAPACK's QR takes (``benchmarks/panels.py``). Smaller ones are as fast without.
@@ -24,6 +26,10 @@ PANELS = {256: 64, 384: 96, 1024: 128}
 #: A panel of at least so many rows is itself worked on by panels of so many columns: on Intel CPUs LAPACK takes 2 to 7
 #: times as long for one of more than 512 rows on two threads as on one (``benchmarks/panels.py``).
 TALL, NARROW = 1024, 32
+
+#: On a CPU, matrices of at least so many rows are orthonormalised by Gram-Schmidt where that is good enough. Small ones
+#: gain little, and in small stacks nothing.
+GRAM_SCHMIDT_FROM = 256
 
 
 def eigenvectors(matrices: Tensor, last_good: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,22 +45,65 @@ def eigenvectors(matrices: Tensor, last_good: Tensor) -> tuple[Tensor, Tensor]:
     return _rescued("eigh", _eigh, lambda: matrices, lambda: last_good)
 
 
-def orthonormal_columns(matrices: Tensor, last_good: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``Q`` of the QR decomposition.
+def orthonormal_columns(
+    matrices: Tensor, last_good: Tensor, order: Tensor | None = None, quotients: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``Q`` of the QR decomposition, up to the signs of its columns.
 
     Args:
         matrices: (B, d, d).
         last_good: (B, d, d), kept where no decomposition succeeds.
         order: (B, d), in which the columns of both are taken; None: as they stand.
+        quotients: Inner products of each column of ``matrices`` and the same of ``last_good``, (B, d). With them, large
+            matrices on a CPU whose columns have hardly turned are orthonormalised by Gram-Schmidt, which is faster.
 
     Returns:
         ``Q``, (B, d, d), and whether ``last_good`` was kept, (B,).
     """
+    failed = torch.zeros(len(matrices), dtype=torch.bool, device=matrices.device)
+    result, done = None, failed
+    # It decides on the host.
+    if quotients is not None and matrices.shape[-1] >= GRAM_SCHMIDT_FROM and not state.masks_on(matrices.device):
+        result, done = _gram_schmidt(matrices, order, quotients)
+    rest = (~done).nonzero().squeeze(-1)
+    if result is None or len(rest) == len(matrices):
+        return _by_householder(matrices, last_good, order)
+    if len(rest):
+        part = None if order is None else order[rest]
+        result[rest], failed[rest] = _by_householder(matrices[rest], last_good[rest], part)
+    return result, failed
 
-    def in_order(stack: Tensor) -> Tensor:
-        return stack.clone() if order is None else stack.gather(-1, order.unsqueeze(-2).expand_as(stack))
 
-    return _rescued("qr", _householder, lambda: in_order(matrices), lambda: in_order(last_good))
+def _by_householder(matrices: Tensor, last_good: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _rescued("qr", _householder, lambda: _in_order(matrices, order), lambda: _in_order(last_good, order))
+
+
+def _in_order(stack: Tensor, order: Tensor | None) -> Tensor:
+    return stack.clone() if order is None else stack.gather(-1, order.unsqueeze(-2).expand_as(stack))
+
+
+def _gram_schmidt(matrices: Tensor, order: Tensor | None, quotients: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Orthonormal columns of those of ``matrices`` that Gram-Schmidt is good for, and which these are, (B,)."""
+    norms = column_products(matrices, matrices).sqrt()
+    done = hardly_turned(quotients, norms)
+    which = done.nonzero().squeeze(-1)
+    if len(which) == 0:
+        return None, done
+    every = len(which) == len(matrices)
+    if not every:
+        matrices, norms, order = matrices[which], norms[which], None if order is None else order[which]
+    stack = _in_order(matrices, order)
+    stack.div_((norms if order is None else norms.gather(-1, order)).unsqueeze(-2))
+    with fp32_matmul_precision("highest", stack):
+        orthonormal = _attempt(lambda: orthonormalise_(stack))
+    if orthonormal is None:
+        return None, torch.zeros_like(done)
+    if every:
+        return stack, orthonormal
+    result = stack.new_empty(len(done), *stack.shape[1:])
+    result[which] = stack
+    done[which] = orthonormal
+    return result, done
 
 
 def _eigh(matrices: Tensor) -> Tensor:

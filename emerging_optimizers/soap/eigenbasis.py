@@ -93,11 +93,11 @@ def orthogonal_iteration(
         permuted all the same.
     """
     order = torch.argsort(quotients, dim=-1, descending=True, stable=True)
-    bases, failed = orthonormal_columns(products, bases, order)
+    bases, failed = orthonormal_columns(products, bases, order, quotients)
     for _ in range(power_iter_steps - 1):
         with fp32_matmul_precision(matmul_precision, factors):
             products = matrix_product(factors, bases)
-        bases, failed_again = orthonormal_columns(products, bases)
+        bases, failed_again = orthonormal_columns(products, bases, quotients=column_products(bases, products))
         failed = failed | failed_again
     return bases, order, failed
 
