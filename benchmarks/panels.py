@@ -1,7 +1,8 @@
-"""QR by panels and its parts: the reasons for ``PANELS``, ``TALL`` and ``NARROW`` in ``soap.decompositions``.
+"""QR by panels and its parts: the reasons for the widths of panels in ``soap.decompositions`` and ``gram_schmidt``.
 
 Run as ``python -m benchmarks.panels`` on a machine left alone; two minutes. LAPACK's QR of a panel, on all threads and
-on one, and of whole matrices: LAPACK's, by panels that LAPACK takes whole, and by panels as SOAP takes them.
+on one, and of whole matrices: LAPACK's, by panels that LAPACK takes whole, by panels as SOAP takes them, and
+Gram-Schmidt by panels of 32 and 64 columns. The matrices are nearly orthogonal, so that one pass of it is enough.
 """
 
 import json
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from emerging_optimizers.lab.machine import machine, versions
 from emerging_optimizers.precision import fp32_matmul_precision
-from emerging_optimizers.soap import decompositions
+from emerging_optimizers.soap import decompositions, gram_schmidt
 
 OUT = Path(__file__).parent / "results" / "panels.json"
 PANELS = [(rows, columns) for columns in (32, 96, 128, 256) for rows in (256, 512, 768, 1024, 1536, 2048)]
@@ -39,7 +40,18 @@ def by_panels(tall: float) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def by_gram_schmidt(width: int) -> Callable[[Tensor], Tensor]:
+    def run(matrices: Tensor) -> Tensor:
+        gram_schmidt.PANELS = {1: width}
+        with fp32_matmul_precision("highest", matrices):
+            assert bool(gram_schmidt.orthonormalise_(result := matrices.clone()).all())
+        return result
+
+    return run
+
+
 METHODS = {"lapack_ms": by_lapack, "panels_ms": by_panels(inf), "panels_in_tall_panels_ms": by_panels(1024)}
+METHODS |= {f"gram_schmidt_{width}_ms": by_gram_schmidt(width) for width in (32, 64)}
 
 
 def in_turn(runs: dict[str, Callable[[], object]], per: int) -> dict[str, float]:
@@ -72,7 +84,8 @@ def main() -> None:
         print(panels[-1])
     stacks = []
     for count, size in STACKS:
-        stack = torch.randn(count, size, size)
+        stack = torch.eye(size) + 0.3 / size**0.5 * torch.randn(count, size, size)
+        stack /= torch.linalg.vector_norm(stack, dim=-2, keepdim=True)
         runs = {name: partial(method, stack) for name, method in METHODS.items()}
         stacks.append({"stack": [count, size, size], **in_turn(runs, count)})
         print(stacks[-1])

@@ -7,15 +7,20 @@ The race's transformer is trained with SOAP at frequency 10, and the stacks of f
 meet are kept. On the device that is asked for, each method then orthonormalises the same products, columns scaled to
 unit length. ``fails`` counts matrices whose result is not finite or further than 1e-4 from orthonormal; the other
 columns are of the rest. ``residual`` is the off-diagonal part of ``Q^T K Q``, relative to ``K``.
+
+``as_soap_chooses`` has, for frequencies 10 and 1 and by refresh, what SOAP's choice between Gram-Schmidt and
+Householder's QR takes beside the latter alone, both with putting columns in order, and how many of the matrices went
+through Gram-Schmidt. On the CPU, and of those large enough to have the choice.
 """
 
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +31,7 @@ from emerging_optimizers.lab.tasks import make_task
 from emerging_optimizers.soap import decompositions, eigenbasis
 
 OUT = Path(__file__).parent / "results" / "refresh_cost.json"
-STEPS, KEPT = 301, (10, 20, 40, 80, 150, 300)
+STEPS, KEPT = 1001, (10, 20, 40, 80, 150, 300, 600, 1000)
 LEAF = 64
 
 
@@ -101,25 +106,39 @@ METHODS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def real_stacks() -> list[tuple[int, Tensor, Tensor]]:
-    """Step, factors and sorted, scaled products of the refreshes of a training."""
-    kept: list[tuple[int, Tensor, Tensor]] = []
+class Refresh(NamedTuple):
+    """What a refresh of a stack met."""
+
+    step: int
+    factors: Tensor
+    bases: Tensor
+    products: Tensor
+    quotients: Tensor
+    order: Tensor
+
+    def sorted_and_scaled(self) -> Tensor:
+        """The products as they are orthonormalised."""
+        products = self.products.gather(-1, self.order.unsqueeze(-2).expand_as(self.products))
+        return products / torch.linalg.vector_norm(products, dim=-2, keepdim=True)
+
+
+def refreshes(frequency: int) -> list[Refresh]:
+    """Some of the refreshes of a training."""
+    kept: list[Refresh] = []
     step = 0
     real = eigenbasis.orthogonal_iteration
 
     def watch(factors: Tensor, bases: Tensor, products: Tensor, quotients: Tensor, *rest: object) -> object:
         result = real(factors, bases, products, quotients, *rest)
         if step in KEPT:
-            order = result[1].unsqueeze(-2).expand_as(products)
-            products = products.gather(-1, order)
-            kept.append((step, factors.clone(), products / torch.linalg.vector_norm(products, dim=-2, keepdim=True)))
+            kept.append(Refresh(step, *(part.clone() for part in (factors, bases, products, quotients, result[1]))))
         return result
 
     eigenbasis.orthogonal_iteration = watch
     task = make_task("charlm", 0, {})
     torch.manual_seed(0)
     model = task.model()
-    contender = make_contender("soap", model, 0.006, "charlm", 10)
+    contender = make_contender("soap", model, 0.006, "charlm", frequency)
     for step in range(STEPS):
         task.loss(model, task.batch(step)).backward()
         contender.step()
@@ -128,14 +147,58 @@ def real_stacks() -> list[tuple[int, Tensor, Tensor]]:
     return kept
 
 
+def choice(frequency: int, kept: list[Refresh]) -> Iterator[dict[str, Any]]:
+    """What SOAP's choice takes at the refreshes of a training, by step and size."""
+    by_householder: list[int] = []
+    real = decompositions._householder
+
+    def count(matrices: Tensor) -> Tensor:
+        by_householder.append(len(matrices))
+        return real(matrices)
+
+    large = [one for one in kept if one.factors.shape[-1] >= decompositions.GRAM_SCHMIDT_FROM]
+    for step, size in sorted({(one.step, one.factors.shape[-1]) for one in large}):
+        stacks = [one for one in large if (one.step, one.factors.shape[-1]) == (step, size)]
+        times: list[list[float]] = [[], []]
+        for _ in range(9):
+            for taken, chosen in zip(times, (False, True), strict=True):
+                begin = perf_counter()
+                for one in stacks:
+                    decompositions.orthonormal_columns(
+                        one.products, one.bases, one.order, one.quotients if chosen else None
+                    )
+                taken.append(1000 * (perf_counter() - begin))
+        decompositions._householder = count
+        by_householder.clear()
+        gaps = []
+        for one in stacks:
+            bases, _ = decompositions.orthonormal_columns(one.products, one.bases, one.order, one.quotients)
+            gaps.append(float((bases.mT @ bases - torch.eye(size)).abs().max()))
+        decompositions._householder = real
+        matrices = sum(len(one.factors) for one in stacks)
+        householder_ms, chosen_ms = (round(median(taken) / matrices, 3) for taken in times)
+        yield {
+            "frequency": frequency,
+            "step": step,
+            "size": size,
+            "matrices": matrices,
+            "by_gram_schmidt": matrices - sum(by_householder),
+            "householder_ms": householder_ms,
+            "as_soap_chooses_ms": chosen_ms,
+            "worst_orthogonality": float(f"{max(gaps):.1e}"),
+        }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
     found: dict[tuple[str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for _, *stacks in real_stacks():
-        factors, products = (stack.to(given.device) for stack in stacks)
+    kept = refreshes(10)
+    chosen = [*choice(10, kept), *choice(1, refreshes(1))]
+    for one in kept:
+        factors, products = one.factors.to(given.device), one.sorted_and_scaled().to(given.device)
         identity = torch.eye(factors.shape[-1], device=given.device)
         for name, method in METHODS.items():
             times = []
@@ -167,11 +230,12 @@ def main() -> None:
         }
         for (name, size), line in sorted(found.items(), key=lambda item: (item[0][1], list(METHODS).index(item[0][0])))
     ]
-    keys = list(lines[0])
-    print("| " + " | ".join(keys) + " |\n" + "| --- " * len(keys) + "|")
-    for line in lines:
-        print("| " + " | ".join(str(line[key]) for key in keys) + " |")
-    given.out.write_text(json.dumps({**heading(given.device), "steps": KEPT, "results": lines}, indent=1) + "\n")
+    for table in (lines, chosen):
+        print("\n| " + " | ".join(table[0]) + " |\n" + "| --- " * len(table[0]) + "|")
+        for line in table:
+            print("| " + " | ".join(map(str, line.values())) + " |")
+    result = {**heading(given.device), "steps": KEPT, "results": lines, "as_soap_chooses": chosen}
+    given.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -82,8 +82,9 @@ class Trial:
     def __init__(self, make: Maker, shapes: list[tuple[int, ...]], frequency: int, device: str) -> None:
         generator = torch.Generator(device).manual_seed(0)
         self.parameters = [torch.nn.Parameter(torch.randn(s, generator=generator, device=device)) for s in shapes]
-        # Low rank plus noise, as gradients are; a few sets in turn, drawn before anything is timed.
-        self.gradients = [[low_rank(shape, generator, device) for shape in shapes] for _ in range(3)]
+        # Low rank plus noise, as gradients are, drawn before anything is timed; so many in turn that the factors of a
+        # 4:1 matrix have full rank, as in a training.
+        self.gradients = [[low_rank(shape, generator, device) for shape in shapes] for _ in range(8)]
         self.optimizer = make(self.parameters, frequency)
         self.device = device
         self.done = 0
@@ -109,9 +110,9 @@ class Trial:
 
 
 def warm_trial(name: str, shapes: list[tuple[int, ...]], frequency: int, device: str) -> Trial:
-    """A trial of one of :data:`OPTIMIZERS` that has had its first basis and its first refresh."""
+    """A trial of one of :data:`OPTIMIZERS` that has had its first basis, a refresh, and all gradients."""
     trial = Trial(OPTIMIZERS[name], shapes, frequency, device)
-    trial.play(frequency + 2 if name in REFRESHES else 2)
+    trial.play(max(frequency, len(trial.gradients)) + 2 if name in REFRESHES else 2)
     return trial
 
 

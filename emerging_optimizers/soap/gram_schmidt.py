@@ -8,6 +8,8 @@ of it is checked; the caller must have another way for matrices that fail.
 
 from __future__ import annotations
 
+from math import sqrt
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ def orthonormalise_(stack: Tensor) -> Tensor:
     size = stack.shape[-1]
     panel = [width for rows, width in PANELS.items() if rows <= size][-1]
     _orthonormalise_block_(stack, 0, size, panel, done)
-    return done & (_departure(stack) <= DEPARTURE * size**0.5 * torch.finfo(stack.dtype).eps)
+    return done & (_departure(stack) <= DEPARTURE * sqrt(size) * torch.finfo(stack.dtype).eps)
 
 
 def _orthonormalise_block_(stack: Tensor, start: int, stop: int, panel: int, done: Tensor) -> None:
@@ -137,5 +139,5 @@ def _departure(stack: Tensor) -> Tensor:
     probes = torch.randn(stack.shape[-1], PROBES, generator=generator, dtype=stack.dtype, device=stack.device)
     probes = probes.expand(len(stack), -1, -1)
     lost = matrix_product(stack.mT, matrix_product(stack, probes)) - probes
-    departure: Tensor = torch.linalg.matrix_norm(lost) / PROBES**0.5
+    departure: Tensor = torch.linalg.matrix_norm(lost) / sqrt(PROBES)
     return departure
