@@ -60,14 +60,14 @@ def orthonormal_columns(
     Returns:
         ``Q``, (B, d, d), and whether ``last_good`` was kept, (B,).
     """
-    failed = torch.zeros(len(matrices), dtype=torch.bool, device=matrices.device)
-    result, done = None, failed
-    # It decides on the host.
-    if quotients is not None and matrices.shape[-1] >= GRAM_SCHMIDT_FROM and not state.masks_on(matrices.device):
-        result, done = _gram_schmidt(matrices, order, quotients)
+    small = matrices.shape[-1] < GRAM_SCHMIDT_FROM
+    if quotients is None or small or state.masks_on(matrices.device):  # Gram-Schmidt decides on the host
+        return _by_householder(matrices, last_good, order)
+    result, done = _gram_schmidt(matrices, order, quotients)
     rest = (~done).nonzero().squeeze(-1)
     if result is None or len(rest) == len(matrices):
         return _by_householder(matrices, last_good, order)
+    failed = torch.zeros_like(done)
     if len(rest):
         part = None if order is None else order[rest]
         result[rest], failed[rest] = _by_householder(matrices[rest], last_good[rest], part)

@@ -1,9 +1,9 @@
 """Orthonormal columns by Gram-Schmidt, for products ``K Q`` of bases that have hardly turned.
 
-Such products have nearly orthogonal columns, and one pass of Gram-Schmidt by blocks is then as good as Householder's
-QR: two thirds of the FLOPs, and nearly all of them in large products (``benchmarks/refresh_cost.py``). Where a few
-columns are not, their panel is taken out of the earlier ones again ("twice is enough", Giraud et al., 2005). What comes
-of it is checked; the caller must have another way for matrices that fail.
+Such products have nearly orthogonal columns, and one pass of Gram-Schmidt by blocks is then nearly as good as
+Householder's QR: three quarters of the FLOPs, and nearly all of them in large products (``benchmarks/refresh_cost.py``).
+Columns of which a pass leaves little are taken out of the others again ("twice is enough", Giraud et al., 2005). What
+comes of it is checked; the caller must have another way for matrices that fail.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from emerging_optimizers.precision import add_matrix_product_, matrix_product
 
-#: So many columns are orthonormalised among themselves, by Cholesky QR, and wider blocks halved: by their
-#: number of rows (``benchmarks/panels.py``).
+#: So many columns, by the number of rows, are orthonormalised among themselves, by Cholesky QR; wider blocks are halved
+#: (``benchmarks/panels.py``).
 PANELS = {1: 32, 512: 64}
 
 #: The most that one pass may magnify rounding in a column, which is the inverse of the share of the column that it
