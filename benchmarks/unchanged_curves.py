@@ -3,10 +3,10 @@
     python benchmarks/unchanged_curves.py
 
 "plain" has every optimisation that is on by default switched off: parameters go through a step one by one, products to
-torch's BLAS and Gram products whole, QR to LAPACK alone, Adam is done in passes, and the first moment is in the eigenbases
-whatever the frequency. All of that is the same but for rounding, which a training magnifies: "rate + 1e-6" has a
-learning rate larger by a millionth of itself and nothing else changed, and shows by how much. Losses only: nothing is
-timed, so the machine may be busy; a process per core, of one thread each. What is kept of each run goes to
+torch's BLAS and Gram products whole, QR to LAPACK alone, Adam is done in passes, and the first moment is in the
+eigenbases whatever the frequency. All of that is the same but for rounding, which a training magnifies: "rate + 1e-6"
+has a learning rate larger by a millionth of itself and nothing else changed, and shows by how much. Losses only:
+nothing is timed, so the machine may be busy; a process per core, of one thread each. What is kept of each run goes to
 ``benchmarks/results/unchanged_curves.json``, and a table of final losses is printed as Markdown.
 """
 

@@ -1,9 +1,9 @@
 """Orthonormal columns by Gram-Schmidt, for products ``K Q`` of bases that have hardly turned.
 
 Such products have nearly orthogonal columns, and one pass of Gram-Schmidt by blocks is then nearly as good as
-Householder's QR: three quarters of the FLOPs, and nearly all of them in large products (``benchmarks/refresh_cost.py``).
-Columns of which a pass leaves little are taken out of the others again ("twice is enough", Giraud et al., 2005). What
-comes of it is checked; the caller must have another way for matrices that fail.
+Householder's QR, with three quarters of the FLOPs, nearly all of them in large products
+(``benchmarks/refresh_cost.py``). Columns of which a pass leaves little are taken out of the others again ("twice is
+enough", Giraud et al., 2005). What comes of it is checked; the caller must have another way for matrices that fail.
 """
 
 from __future__ import annotations
