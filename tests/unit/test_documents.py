@@ -48,10 +48,10 @@ def test_every_test_that_the_reliability_page_names_exists() -> None:
     rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| What", "| ---"))]
     assert len(rows) > 20
     for row in rows:
-        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+        named = re.findall(r"`(unit/)?(test_\w+\.py)::(test_\w+)`", row)
         assert named, row
-        for file, name in named:
-            tree = ast.parse((ROOT / "tests" / "reliability" / file).read_text(encoding="utf-8"))
+        for folder, file, name in named:
+            tree = ast.parse((ROOT / "tests" / (folder or "reliability") / file).read_text(encoding="utf-8"))
             assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, name
 
 
