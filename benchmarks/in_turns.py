@@ -15,7 +15,7 @@ from statistics import mean, median
 
 
 def start(checkout: Path, name: str, frequency: int, optimizer: str) -> subprocess.Popen[str]:
-    steps = max(10, frequency) if frequency > 1 else 4
+    steps = frequency * max(1, 10 // frequency) if frequency > 1 else 4  # as in step_time
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step_time", "--worker", optimizer, "--device", "cpu"]
     command += ["--sets", name, "--frequencies", str(frequency), "--steps", str(steps)]
     pipe, environment = subprocess.PIPE, {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(checkout.resolve())}

@@ -122,6 +122,8 @@ def test_others_are_left_to_householder(kind: str, by_householder: list[int]) ->
         products[1, :, 1:] *= 1e-20
     else:
         products[1, :, 5] = {"zero column": 0.0, "NaN": torch.nan, "Inf": torch.inf, "squares overflow": 1e200}[kind]
+    norms = products.square().sum(-2).sqrt()
+    assert gram_schmidt.hardly_turned(quotients(bases, products), norms).tolist() == [True, False, True]
     q, failed = orthonormal_columns(products, bases, None, quotients(bases, products))
     usable = kind not in ("NaN", "Inf")
     assert failed.tolist() == [False, not usable, False]
