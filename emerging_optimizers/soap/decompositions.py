@@ -9,6 +9,7 @@ of a routine that can fail on a matrix stands in this module, or in ``gram_schmi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from emerging_optimizers.soap import state
 from emerging_optimizers.soap.gram_schmidt import hardly_turned, orthonormalise_
 from emerging_optimizers.soap.incidents import report
 from emerging_optimizers.soap.kronecker import column_products
+
+Result = TypeVar("Result")
 
 #: On a CPU, matrices of at least so many rows are orthonormalised by panels of so many columns, in 0.6 to 0.9 of the
 #: time that LAPACK's QR takes (``benchmarks/panels.py``). Smaller ones are as fast without.
@@ -63,10 +66,11 @@ def orthonormal_columns(
     small = matrices.shape[-1] < GRAM_SCHMIDT_FROM
     if quotients is None or small or state.masks_on(matrices.device):  # Gram-Schmidt decides on the host
         return _by_householder(matrices, last_good, order)
-    result, done = _gram_schmidt(matrices, order, quotients)
-    rest = (~done).nonzero().squeeze(-1)
-    if result is None or len(rest) == len(matrices):
+    attempt = _attempt(lambda: _gram_schmidt(matrices, order, quotients))
+    if attempt is None or not bool(attempt[1].any()):
         return _by_householder(matrices, last_good, order)
+    result, done = attempt
+    rest = (~done).nonzero().squeeze(-1)
     failed = torch.zeros_like(done)
     if len(rest):
         part = None if order is None else order[rest]
@@ -82,22 +86,20 @@ def _in_order(stack: Tensor, order: Tensor | None) -> Tensor:
     return stack.clone() if order is None else stack.gather(-1, order.unsqueeze(-2).expand_as(stack))
 
 
-def _gram_schmidt(matrices: Tensor, order: Tensor | None, quotients: Tensor) -> tuple[Tensor | None, Tensor]:
+def _gram_schmidt(matrices: Tensor, order: Tensor | None, quotients: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal columns of those of ``matrices`` that Gram-Schmidt is good for, and which these are, (B,)."""
     norms = column_products(matrices, matrices).sqrt()
     done = hardly_turned(quotients, norms)
     which = done.nonzero().squeeze(-1)
     if len(which) == 0:
-        return None, done
+        return matrices, done
     every = len(which) == len(matrices)
     if not every:
         matrices, norms, order = matrices[which], norms[which], None if order is None else order[which]
     stack = _in_order(matrices, order)
     stack.div_((norms if order is None else norms.gather(-1, order)).unsqueeze(-2))
     with fp32_matmul_precision("highest", stack):
-        orthonormal = _attempt(lambda: orthonormalise_(stack))
-    if orthonormal is None:
-        return None, torch.zeros_like(done)
+        orthonormal = orthonormalise_(stack)
     if every:
         return stack, orthonormal
     result = stack.new_empty(len(done), *stack.shape[1:])
@@ -221,7 +223,7 @@ def _rescued_one(
     return last_good, True
 
 
-def _attempt(decompose: Callable[[], Tensor]) -> Tensor | None:
+def _attempt(decompose: Callable[[], Result]) -> Result | None:
     try:
         return decompose()
     except RuntimeError:  # torch.linalg.LinAlgError, no memory left, and the errors of the libraries beneath

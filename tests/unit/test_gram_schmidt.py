@@ -208,3 +208,17 @@ def test_a_failing_routine_leaves_the_work_to_householder(
     assert not failed.any()
     assert by_householder == [3]
     assert_orthonormal_factor(q, products, 1e-14)
+
+
+def test_no_memory_for_trying_it_leaves_the_work_to_householder(
+    monkeypatch: pytest.MonkeyPatch, by_householder: list[int]
+) -> None:
+    def no_memory(*_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("planted")
+
+    bases, products = hardly_turned(12)
+    monkeypatch.setattr(decompositions, "column_products", no_memory)
+    q, failed = orthonormal_columns(products, bases, None, quotients(bases, products))
+    assert not failed.any()
+    assert by_householder == [3]
+    assert_orthonormal_factor(q, products, 1e-14)
