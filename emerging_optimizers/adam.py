@@ -27,6 +27,7 @@ def adam_direction(
     correct_bias: bool,
     use_nesterov: bool,
     finite: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Moves the two moments in place and returns the direction ``U = Mh / (sqrt(Vh) + eps)``.
 
@@ -43,14 +44,16 @@ def adam_direction(
         use_nesterov: Use ``beta1 M / (1 - beta1**(i+1)) + (1 - beta1) G / (1 - beta1**i)`` for ``Mh``.
         finite: Boolean mask that broadcasts against ``grad``. Where it is false the moments stay as they are and
             the direction is zero. A mask, not a branch, so that a GPU need not be asked for it.
+        overwrite: ``grad`` is no longer needed, and the direction may take its place.
 
     Returns:
-        The direction, a new tensor.
+        The direction, a new tensor or ``grad``.
     """
     beta1, beta2 = betas
     tensors = (grad, exp_avg, exp_avg_sq)
     if finite is None and not use_nesterov and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
-        return _fused_direction(*tensors, step=step if correct_bias else math.inf, betas=betas, eps=eps)
+        step_or_never = step if correct_bias else math.inf
+        return _fused_direction(*tensors, step=step_or_never, betas=betas, eps=eps, overwrite=overwrite)
     move_first_moment_(exp_avg, grad, beta1, finite)
     if finite is None:
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -79,14 +82,22 @@ def move_first_moment_(exp_avg: Tensor, grad: Tensor, beta1: float, finite: Tens
 
 
 def _fused_direction(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, step: float, betas: tuple[float, float], eps: float
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step: float,
+    betas: tuple[float, float],
+    eps: float,
+    overwrite: bool,
 ) -> Tensor:
     """:func:`adam_direction` in one pass of torch's own fused step on the CPU, for contiguous tensors.
 
-    From a weight of zero and with a rate of -1 that step ends at the direction. It rounds the last elements otherwise
-    if they do not fill a vector register, so these are filled up: an element's result does not depend on where it is.
+    From a weight of zero and with a rate of -1 that step ends at the direction, and so it does from the gradient if it
+    decays all of it. It rounds the last elements otherwise if they do not fill a vector register, so these are filled
+    up: an element's result does not depend on where it is.
     """
-    direction = torch.zeros_like(grad)
+    direction = grad if overwrite else torch.zeros_like(grad)
     rest = grad.numel() % REGISTER
     parts: list[list[Tensor]] = []
     tails: list[Tensor] = []
@@ -110,7 +121,7 @@ def _fused_direction(
         lr=-1.0,
         beta1=betas[0],
         beta2=betas[1],
-        weight_decay=0.0,
+        weight_decay=-1.0 if overwrite else 0.0,
         eps=eps,
         amsgrad=False,
         maximize=False,

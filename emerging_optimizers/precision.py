@@ -106,18 +106,24 @@ def matrix_product(left: Tensor, right: Tensor) -> Tensor:
     For stacks, even of one, oneDNN copies what is not contiguous. Small ones stay stacks, so that a matrix on its own
     gives bit for bit what it gives among others.
     """
-    if _is_one_large(left, right):
+    if is_one_large(left, right):
         return torch.mm(left[0], right[0]).unsqueeze(0)
     return torch.bmm(left, right)
 
 
 def add_matrix_product_(target: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
-    """``target <- beta target + alpha left right``, in place: ``baddbmm_``, as :func:`matrix_product` is ``bmm``."""
-    # oneDNN compiles a kernel for every beta, and bias correction makes a new one in every step.
-    if _is_one_large(left, right):
-        if beta != 1:
+    """``target <- beta target + alpha left right``, in place: ``baddbmm_``, as :func:`matrix_product` is ``bmm``.
+
+    Of matrices instead of stacks it is ``addmm_``.
+    """
+    if target.dim() == 3 and is_one_large(left, right):
+        target, left, right = target[0], left[0], right[0]
+    if target.dim() == 2:
+        # oneDNN compiles a kernel for every beta, and bias correction makes a new one in every step.
+        if beta != 1 and _is_handed_on():
             target.mul_(beta)
-        target[0].addmm_(left[0], right[0], alpha=alpha)
+            beta = 1.0
+        target.addmm_(left, right, beta=beta, alpha=alpha)
     elif beta == 1 or target.device.type != "cpu":
         target.baddbmm_(left, right, beta=beta, alpha=alpha)
     else:
@@ -125,18 +131,21 @@ def add_matrix_product_(target: Tensor, left: Tensor, right: Tensor, *, beta: fl
             target.baddbmm_(left, right, beta=beta, alpha=alpha)
 
 
+def is_one_large(left: Tensor, right: Tensor) -> bool:
+    """Whether the product of two stacks is that of two matrices on a CPU, one of which has a large dimension."""
+    return left.shape[0] == 1 and max(*left.shape, right.shape[-1]) >= ALONE_FROM and left.device.type == "cpu"
+
+
 @contextmanager
 def _without_onednn() -> Iterator[None]:
     """Leaves the enclosed products to torch's BLAS, if it was :func:`fp32_matmul_precision` who handed them on."""
-    backend = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    handed_on = backend.fp32_precision == "bf16" and _onednn_takes_over()
-    with _setting(backend, "ieee") if handed_on else nullcontext():
+    with _setting(torch.backends.mkldnn.matmul, "ieee") if _is_handed_on() else nullcontext():  # type: ignore[attr-defined]
         yield
 
 
-def _is_one_large(left: Tensor, right: Tensor) -> bool:
-    """Whether the product of two stacks is that of two matrices on a CPU, one of which has a large dimension."""
-    return left.shape[0] == 1 and max(*left.shape, right.shape[-1]) >= ALONE_FROM and left.device.type == "cpu"
+def _is_handed_on() -> bool:
+    """Whether :func:`fp32_matmul_precision` has handed products on to oneDNN."""
+    return torch.backends.mkldnn.matmul.fp32_precision == "bf16" and _onednn_takes_over()  # type: ignore[attr-defined]
 
 
 def _is_large(stack: Tensor, size: int) -> bool:

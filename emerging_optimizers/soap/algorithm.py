@@ -107,6 +107,7 @@ def _update(
         correct_bias=group["correct_bias"],
         use_nesterov=group["use_nesterov"],
         finite=mask,
+        overwrite=projected is not grad,
     )
     if original is not None:
         run.keep("exp_avg", move_first_moment_(original, grad, group["betas"][0], mask))
@@ -126,14 +127,14 @@ def _update(
 def apply(update: Update, group: dict[str, Any]) -> None:
     """Steps 5 and 9: decays the weights and subtracts the update. 16-bit weights are rounded once."""
     run, direction, finite = update
-    direction = direction.mul_(scalar_lr(group["lr"], direction))
     if finite is None and all(tensor.dtype == direction.dtype for tensor in run.tensors):
         WeightDecayMixin.decay_weights_(run.tensors, group)
-        torch._foreach_sub_(run.tensors, run.split(direction))
+        _subtract_(run.tensors, run.split(direction), group)
     else:
         weights = run.join(run.tensors).clone()
         WeightDecayMixin.decay_weight_(weights, group, None if finite is None else run.spread(finite))
-        torch._foreach_copy_(run.tensors, run.split(weights.sub_(direction)))
+        _subtract_([weights], [direction], group)
+        torch._foreach_copy_(run.tensors, run.split(weights))
 
 
 def apply_to_piece(weight: Tensor, direction: Tensor, moves: Tensor, group: dict[str, Any]) -> None:
@@ -147,9 +148,18 @@ def apply_to_piece(weight: Tensor, direction: Tensor, moves: Tensor, group: dict
     """
     working = weight.to(direction.dtype)
     WeightDecayMixin.decay_weight_(working, group, moves)
-    working.sub_(direction.mul_(scalar_lr(group["lr"], direction)))
+    _subtract_([working], [direction], group)
     if working is not weight:
         weight.copy_(working)
+
+
+def _subtract_(weights: list[Tensor], directions: list[Tensor], group: dict[str, Any]) -> None:
+    """``W <- W - lr U`` for each, in place; ``U`` is lost. In one pass where the rate is a number."""
+    lr = scalar_lr(group["lr"], weights[0])
+    if isinstance(lr, Tensor):
+        torch._foreach_mul_(directions, lr)
+        lr = 1
+    torch._foreach_sub_(weights, directions, alpha=lr)
 
 
 def _update_factors(run: Run, grad: Tensor, group: dict[str, Any], finite: Tensor | None) -> None:

@@ -30,9 +30,9 @@ PANELS = {256: 64, 384: 96, 1024: 128}
 #: times as long for one of more than 512 rows on two threads as on one (``benchmarks/panels.py``).
 TALL, NARROW = 1024, 32
 
-#: On a CPU, matrices of at least so many rows are orthonormalised by Gram-Schmidt where that is good enough. Small ones
-#: gain little, and in small stacks nothing.
-GRAM_SCHMIDT_FROM = 256
+#: On a CPU, matrices of at least so many rows are orthonormalised by Gram-Schmidt where that is good enough. Smaller ones
+#: take longer on their own (``benchmarks/panels.py``).
+GRAM_SCHMIDT_FROM = 128
 
 
 def eigenvectors(matrices: Tensor, last_good: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from emerging_optimizers.precision import add_matrix_product_, fp32_matmul_precision, matrix_product
+from emerging_optimizers.precision import add_matrix_product_, fp32_matmul_precision, is_one_large, matrix_product
 
 #: On a CPU, a Gram product of more than twice as many rows is formed in blocks of so many, its lower half only, in 0.6
 #: to 0.9 of the time; with fewer columns in the same (``benchmarks/gram_product.py``).
@@ -198,7 +198,9 @@ def _decay_and_add_gram_(factor: Tensor, matrix: Tensor, beta: float, finite: Te
     decay = beta if finite is None else 1.0
     size, rank = matrix.shape[1:]
     rows = GRAM_ROWS if lower_only(factor, size * rank) else size
-    for start in range(0, size, rows):
-        stop = min(start + rows, size)
-        lower = factor[:, start:stop, :stop]
-        add_matrix_product_(lower, matrix[:, start:stop], matrix[:, :stop].mT, beta=decay, alpha=1 - beta)
+    if is_one_large(matrix, matrix.mT):
+        factor, matrix = factor[0], matrix[0]
+    transposed, stop = matrix.mT, 0
+    for lower, left in zip(factor.split(rows, -2), matrix.split(rows, -2), strict=True):
+        stop += left.shape[-2]
+        add_matrix_product_(lower[..., :stop], left, transposed[..., :stop], beta=decay, alpha=1 - beta)
