@@ -111,24 +111,32 @@ def matrix_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left, right)
 
 
-def add_matrix_product_(target: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
-    """``target <- beta target + alpha left right``, in place: ``baddbmm_``, as :func:`matrix_product` is ``bmm``.
+def add_matrix_product_(target: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0) -> None:
+    """``target <- target + alpha left right``, in place: ``baddbmm_``, as :func:`matrix_product` is ``bmm``."""
+    if is_one_large(left, right):
+        target[0].addmm_(left[0], right[0], alpha=alpha)
+    else:
+        target.baddbmm_(left, right, alpha=alpha)
 
-    Of matrices instead of stacks it is ``addmm_``.
+
+def move_towards_product_(target: Tensor, left: Tensor, right: Tensor, weight: float) -> None:
+    """``target <- (1 - weight) target + weight left right``, in place, of stacks or of matrices.
+
+    Not by oneDNN if it would have to scale the target: it compiles a kernel for every factor, and bias correction makes
+    a new one in every step.
     """
-    if target.dim() == 3 and is_one_large(left, right):
-        target, left, right = target[0], left[0], right[0]
-    if target.dim() == 2:
-        # oneDNN compiles a kernel for every beta, and bias correction makes a new one in every step.
-        if beta != 1 and _is_handed_on():
-            target.mul_(beta)
-            beta = 1.0
-        target.addmm_(left, right, beta=beta, alpha=alpha)
-    elif beta == 1 or target.device.type != "cpu":
-        target.baddbmm_(left, right, beta=beta, alpha=alpha)
+    if target.dim() == 2 and _is_handed_on():
+        target.mul_(1 - weight).addmm_(left, right, alpha=weight)
+    elif target.dim() == 2:
+        target.addmm_(left, right, beta=1 - weight, alpha=weight)
+    elif target.device.type != "cpu":
+        target.baddbmm_(left, right, beta=1 - weight, alpha=weight)
     else:
         with _without_onednn():
-            target.baddbmm_(left, right, beta=beta, alpha=alpha)
+            if target.is_contiguous():
+                target.baddbmm_(left, right, beta=1 - weight, alpha=weight)
+            else:  # baddbmm_ would take one matrix after the other
+                target.lerp_(torch.bmm(left, right), weight)
 
 
 def is_one_large(left: Tensor, right: Tensor) -> bool:

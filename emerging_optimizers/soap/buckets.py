@@ -126,11 +126,11 @@ class Bucket:
 
     def holds(self, states: Sequence[dict[str, Any]]) -> bool:
         """Whether the members' states are still the views that this bucket made, and nobody else's tensors."""
-        return all(
-            state.get(key) is view and view.data_ptr() == pointer
-            for state, views, pointers in zip(states, self._views, self._pointers, strict=True)
-            for (key, view), pointer in zip(views.items(), pointers, strict=True)
-        )
+        for state, views, pointers in zip(states, self._views, self._pointers, strict=True):
+            for (key, view), pointer in zip(views.items(), pointers, strict=True):
+                if state.get(key) is not view or view.data_ptr() != pointer:
+                    return False
+        return True
 
     def runs(self, grads: Sequence[Tensor | None]) -> Iterator[Run]:
         """The members that have a gradient, cut where two neighbours differ in their clock.
@@ -377,17 +377,20 @@ def form_buckets(
 
 def _chunks(layout: Layout | None, members: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
     """Cuts members so that no stack of several has more than :data:`CHUNK_ELEMENTS`."""
-    return batches(members, lambda member: _size(layout or NO_AXIS, prod(member[1].shape)), CHUNK_ELEMENTS)
+    if layout is None:
+        return batches(members, lambda member: member[1].numel(), CHUNK_ELEMENTS)
+    size = _size(layout)
+    return batches(members, lambda member: size, CHUNK_ELEMENTS)
 
 
-def _size(layout: Layout, entries: int) -> int:
+def _size(layout: Layout) -> int:
     """The elements of a member in the largest of its stacks."""
-    return max(entries, *(layout.shape[axis] ** 2 for axis in layout.axes), 0)
+    return max(prod(layout.shape), *(layout.shape[axis] ** 2 for axis in layout.axes), 0)
 
 
 def is_always_alone(layout: Layout) -> bool:
     """Whether no two parameters with this layout are in one bucket, whatever the others and the processes are."""
-    return 2 * _size(layout, prod(layout.shape)) > CHUNK_ELEMENTS
+    return 2 * _size(layout) > CHUNK_ELEMENTS
 
 
 def batches(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:

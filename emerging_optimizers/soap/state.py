@@ -131,16 +131,14 @@ def complete_factors(states: Iterable[Any]) -> None:
 
 def fits(state: dict[str, Any], layout: Layout, parameter: Tensor, pack_factors: bool = False) -> bool:
     """Whether the state was made for this layout and way of packing, and for a parameter of this shape."""
-    wanted = _factor_shapes(layout, pack_factors)
-    factors = 0
+    wanted, shape = _factor_shapes(layout, pack_factors), parameter.shape
     for key, value in state.items():
-        if key.startswith("GG_"):
-            factors += 1
-            if value.shape != wanted.get(key):
+        if key in wanted:
+            if value.shape != wanted[key]:
                 return False
-        elif key.startswith("exp_avg") and value.shape != parameter.shape:
+        elif key.startswith("GG_") or (key.startswith("exp_avg") and value.shape != shape):
             return False
-    return factors == len(wanted)
+    return wanted.keys() <= state.keys()
 
 
 @lru_cache(maxsize=4096)

@@ -52,3 +52,19 @@ def test_the_gradient_is_only_read() -> None:
     before = grad.clone()
     adam_direction(grad, exp_avg, exp_avg_sq, step=1, correct_bias=True, **OPTIONS)
     assert torch.equal(grad, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [REGISTER - 1, 3 * REGISTER, 3 * REGISTER + 5])
+def test_the_direction_may_take_the_place_of_the_gradient_and_is_bit_for_bit_the_same(
+    size: int, dtype: torch.dtype
+) -> None:
+    kept, given = tensors(size, dtype), tensors(size, dtype)
+    for of_both in (kept, given):
+        of_both[0][:2] = torch.tensor([0.0, torch.finfo(dtype).max ** 0.4], dtype=dtype)
+    direction = adam_direction(*kept, step=3, correct_bias=True, **OPTIONS)
+    in_place = adam_direction(*given, step=3, correct_bias=True, overwrite=True, **OPTIONS)
+    assert in_place.data_ptr() == given[0].data_ptr()
+    assert torch.equal(in_place, direction)
+    assert torch.equal(given[1], kept[1])
+    assert torch.equal(given[2], kept[2])

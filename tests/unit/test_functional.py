@@ -321,7 +321,7 @@ def test_an_error_names_the_argument_what_it_got_and_what_it_wanted(case: str) -
         call()
 
 
-@pytest.mark.parametrize("shape", [(5, 700, 3), (1, 100, 384), (2, 385, 384), (1, 900, 500)])
+@pytest.mark.parametrize("shape", [(5, 700, 3), (1, 100, 384), (2, 385, 384), (3, 300, 128), (1, 900, 500)])
 @pytest.mark.parametrize("finite", [None, False, True])
 def test_a_gram_product_in_blocks_is_the_whole_one(shape: tuple, finite: bool | None) -> None:
     count = shape[0]

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from emerging_optimizers import precision
-from emerging_optimizers.precision import add_matrix_product_, fp32_matmul_precision, matrix_product
+from emerging_optimizers.precision import (
+    add_matrix_product_,
+    fp32_matmul_precision,
+    matrix_product,
+    move_towards_product_,
+)
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.decompositions import orthonormal_columns
 
@@ -228,9 +233,28 @@ def test_products_of_one_matrix_and_of_stacks_are_bmm_and_baddbmm(
     stack = torch.randn(count, 9, 8)
     left, right, target = stack[:, 1:5, :3], stack[:, 2:5, 2:8], stack[:, 3:7, 2:8].clone()
     torch.testing.assert_close(matrix_product(left, right), torch.bmm(left, right))
-    expected = torch.baddbmm(target, left, right, beta=0.5, alpha=-2.0)
-    add_matrix_product_(target, left, right, beta=0.5, alpha=-2.0)
+    expected = torch.baddbmm(target, left, right, alpha=-2.0)
+    add_matrix_product_(target, left, right, alpha=-2.0)
     torch.testing.assert_close(target, expected)
+
+
+@pytest.mark.parametrize("handed_on", [False, True])
+@pytest.mark.parametrize("of", ["a stack", "a stack's parts", "a matrix"])
+def test_a_target_moves_towards_a_product(of: str, handed_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_is_handed_on", lambda: handed_on)
+    stack = torch.randn(3, 9, 8)
+    left, right, target = stack[:, 1:5, :3], stack[:, 2:5, 2:8], stack[:, 3:7, 2:8].clone()
+    expected = 0.75 * target + 0.25 * left @ right
+    whole = torch.zeros(3, 5, 7)
+    if of == "a matrix":
+        left, right, target, expected = left[0], right[0], target[0], expected[0]
+    elif of == "a stack's parts":
+        target = whole[:, 1:, :6].copy_(target)
+    move_towards_product_(target, left, right, 0.25)
+    torch.testing.assert_close(target, expected)
+    if of == "a stack's parts":
+        assert not whole[:, 0].any()
+        assert not whole[..., 6].any()
 
 
 @pytest.mark.parametrize("size", [512, 1100])

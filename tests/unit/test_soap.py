@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from emerging_optimizers.adam import adam_direction, raise_to_floor
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.schedules import LinearFrequency
-from emerging_optimizers.soap import SOAP, eigenbasis, kronecker
+from emerging_optimizers.soap import SOAP, algorithm, eigenbasis, kronecker
 from emerging_optimizers.soap import state as state_module
 
 MODES = {
@@ -608,3 +608,21 @@ def test_entries_of_a_group_that_are_somebody_elses_are_left_alone(caplog: pytes
     SOAP(optimizer.param_groups, lr=0.1)  # with what the scheduler and the optimizer have added
     assert not caplog.text
     assert optimizer.param_groups[0]["lr_scale"] == 2.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lr", [0.0017, torch.tensor(0.0017)], ids=["number", "tensor"])
+def test_a_weight_is_moved_bit_for_bit_the_same_wherever_it_is(lr: float | Tensor, dtype: torch.dtype) -> None:
+    """A process may have but a piece of a tensor, and the others the same weights in other pieces."""
+    generator = torch.Generator().manual_seed(0)
+    weights, directions = torch.randn(2, 1003, generator=generator, dtype=dtype)
+    moved = weights.clone()
+    algorithm._subtract_([moved], [directions.clone()], {"lr": lr})
+    torch.testing.assert_close(moved, weights - 0.0017 * directions)
+    for length in (1, 7, 13, 500):
+        pieces = weights.clone()
+        algorithm._subtract_(list(pieces.split(length)), list(directions.clone().split(length)), {"lr": lr})
+        assert torch.equal(pieces, moved)
+    strided = torch.stack([weights, weights], dim=1)[:, 0]
+    algorithm._subtract_([strided], [directions.clone()], {"lr": lr})
+    assert torch.equal(strided, moved)
