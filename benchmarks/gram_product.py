@@ -19,7 +19,16 @@ from emerging_optimizers.precision import fp32_matmul_precision
 from emerging_optimizers.soap import kronecker
 
 OUT = Path(__file__).parent / "results" / "gram_product.json"
-SIZES = [(1, 2048, 512), (1, 1536, 512), (1, 1024, 1024), (1, 512, 2048), (2, 512, 512), (4, 768, 768), (16, 512, 128)]
+SIZES = [
+    (1, 2048, 512),
+    (1, 1536, 512),
+    (1, 1024, 1024),
+    (1, 512, 2048),
+    (2, 512, 512),
+    (4, 768, 768),
+    (16, 512, 128),
+    (8, 384, 128),
+]
 ROUNDS = 15
 
 

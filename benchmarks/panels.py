@@ -23,7 +23,20 @@ from emerging_optimizers.soap import decompositions, gram_schmidt
 
 OUT = Path(__file__).parent / "results" / "panels.json"
 PANELS = [(rows, columns) for columns in (32, 96, 128, 256) for rows in (256, 512, 768, 1024, 1536, 2048)]
-STACKS = [(16, 128), (16, 256), (8, 384), (8, 512), (1, 512), (4, 768), (1, 1024), (1, 1536), (1, 2048)]
+STACKS = [
+    (1, 64),
+    (16, 64),
+    (1, 128),
+    (16, 128),
+    (16, 256),
+    (8, 384),
+    (8, 512),
+    (1, 512),
+    (4, 768),
+    (1, 1024),
+    (1, 1536),
+    (1, 2048),
+]
 ROUNDS = 7
 
 
