@@ -30,8 +30,8 @@ PANELS = {256: 64, 384: 96, 1024: 128}
 #: times as long for one of more than 512 rows on two threads as on one (``benchmarks/panels.py``).
 TALL, NARROW = 1024, 32
 
-#: On a CPU, matrices of at least so many rows are orthonormalised by Gram-Schmidt where that is good enough. Few smaller
-#: ones take longer (``benchmarks/panels.py``).
+#: On a CPU, matrices of at least so many rows are orthonormalised by Gram-Schmidt where that is good enough. For a few
+#: smaller ones it takes longer than LAPACK does (``benchmarks/panels.py``).
 GRAM_SCHMIDT_FROM = 128
 
 

@@ -27,7 +27,7 @@ from emerging_optimizers.precision import (
 )
 
 #: On a CPU, a Gram product of more than twice as many rows is formed in blocks of so many, its lower half only, in 0.6
-#: to 0.9 of the time; with fewer columns in the same (``benchmarks/gram_product.py``).
+#: to 0.9 of the time; with fewer columns than these whole, in the same time (``benchmarks/gram_product.py``).
 GRAM_ROWS = 128
 
 #: Rows that are multiplied elementwise at a time: what fits into a core's cache.
