@@ -30,8 +30,8 @@ PANELS = {256: 64, 384: 96, 1024: 128}
 #: times as long for one of more than 512 rows on two threads as on one (``benchmarks/panels.py``).
 TALL, NARROW = 1024, 32
 
-#: On a CPU, matrices of at least so many rows are orthonormalised by Gram-Schmidt where that is good enough. Smaller ones
-#: gain in large stacks if no column needs another pass; in a training they take longer (``benchmarks/refresh_cost.py``).
+#: On a CPU, matrices of at least so many rows are orthonormalised by Gram-Schmidt where that is good enough. Smaller
+#: ones gain in large stacks where no column needs another pass; in a training they take longer.
 GRAM_SCHMIDT_FROM = 256
 
 
