@@ -88,9 +88,10 @@ class Processes:
             AssertionError: It raised in one of them, or one died.
         """
         outcomes = self.outcomes(size, function, *arguments, **limits)
+        codes = [outcome.code for outcome in outcomes]
         for rank, outcome in enumerate(outcomes):
-            assert outcome.error is None, f"rank {rank}: {outcome.error}\n{outcome.trace}"
-            assert outcome.code == 0, f"rank {rank} ended with code {outcome.code}"
+            assert outcome.error is None, f"rank {rank}, exit codes {codes}: {outcome.error}\n{outcome.trace}"
+        assert not any(codes), f"exit codes {codes}"
         return [outcome.result for outcome in outcomes]
 
     def close(self) -> None:

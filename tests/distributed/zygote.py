@@ -5,6 +5,7 @@ its own: none inherits a process group, a cache or a patch from the last one, an
 no other. Requests arrive as lines of JSON on the standard input, exit codes leave on the standard output.
 """
 
+import faulthandler
 import gc
 import importlib
 import json
@@ -30,6 +31,7 @@ from tests.distributed.scenarios import Case, train
 
 def serve() -> None:
     """Answers requests until the standard input ends."""
+    faulthandler.enable()  # a process that dies of its memory says where
     torch.set_num_threads(1)
     train(Case(steps=2))  # the first step imports a second's worth of modules
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
@@ -53,6 +55,8 @@ def _fork(rank: int, size: int, folder: Path, request: dict) -> int:
             signal.alarm(int(request["limit"]) + 5)  # should the zygote die
             os.close(0)
             code = _run(rank, size, folder, request)
+        except BaseException:  # noqa: BLE001
+            traceback.print_exc()  # of the leave-taking: nobody else reports it
         finally:
             os._exit(code)
     return process
