@@ -26,6 +26,24 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("shape", [(3, 8), (3, 9), (9, 3), (4, 4), (1, 3)])
+@pytest.mark.parametrize("present", [(True, True), (True, False), (False, True)])
+def test_projections_are_what_the_formulas_say_of_tall_and_of_wide_matrices(
+    shape: tuple[int, int], present: tuple[bool, bool]
+) -> None:
+    stack = normal(4, *shape)
+    bases = [normal(4, d, d, seed=d) if has else None for d, has in zip(shape, present, strict=True)]
+    left, right = (
+        torch.eye(d, dtype=torch.float64) if basis is None else basis for d, basis in zip(shape, bases, strict=True)
+    )
+    torch.testing.assert_close(project(stack, bases), left.mT @ stack @ right)
+    back = project_back(stack, bases)
+    torch.testing.assert_close(back, left @ stack @ right.mT)
+    assert back.is_contiguous()
+    alone = [project_back(stack[i : i + 1], [None if b is None else b[i : i + 1] for b in bases]) for i in range(4)]
+    assert torch.equal(torch.cat(alone), back)
+
+
 @pytest.mark.parametrize("use_eigh", [True, False])
 @pytest.mark.parametrize("second_moment_refresh", ["rank", "kronecker"])
 @pytest.mark.parametrize("tolerance", [None, 0.3])

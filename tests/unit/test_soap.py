@@ -612,17 +612,39 @@ def test_entries_of_a_group_that_are_somebody_elses_are_left_alone(caplog: pytes
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("lr", [0.0017, torch.tensor(0.0017)], ids=["number", "tensor"])
-def test_a_weight_is_moved_bit_for_bit_the_same_wherever_it_is(lr: float | Tensor, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("decay", "method"), [(0.0, "decoupled"), (0.3, "decoupled"), (0.3, "independent")], ids=["none", "0.3", "alone"]
+)
+def test_a_weight_is_moved_bit_for_bit_the_same_wherever_it_is(
+    decay: float, method: str, lr: float | Tensor, dtype: torch.dtype
+) -> None:
     """A process may have but a piece of a tensor, and the others the same weights in other pieces."""
+    group = {"lr": lr, "weight_decay": decay, "weight_decay_method": method}
     generator = torch.Generator().manual_seed(0)
     weights, directions = torch.randn(2, 1003, generator=generator, dtype=dtype)
     moved = weights.clone()
-    algorithm._subtract_([moved], [directions.clone()], {"lr": lr})
-    torch.testing.assert_close(moved, weights - 0.0017 * directions)
+    algorithm._move_([moved], [directions.clone()], group)
+    kept = 1 - decay * (0.0017 if method == "decoupled" else 1.0)
+    torch.testing.assert_close(moved, kept * weights - 0.0017 * directions)
     for length in (1, 7, 13, 500):
         pieces = weights.clone()
-        algorithm._subtract_(list(pieces.split(length)), list(directions.clone().split(length)), {"lr": lr})
+        algorithm._move_(list(pieces.split(length)), list(directions.clone().split(length)), group)
         assert torch.equal(pieces, moved)
-    strided = torch.stack([weights, weights], dim=1)[:, 0]
-    algorithm._subtract_([strided], [directions.clone()], {"lr": lr})
-    assert torch.equal(strided, moved)
+    several = torch.stack([weights, weights], dim=1)
+    algorithm._move_([several[:, 0]], [torch.stack([directions, directions], dim=1)[:, 0]], group)
+    assert torch.equal(several[:, 0], moved)
+    assert torch.equal(several[:, 1], weights), "what lies between has been written to"
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_a_weight_that_is_to_stay_stays_bit_for_bit(decay: float) -> None:
+    group = {"lr": 0.0017, "weight_decay": decay, "weight_decay_method": "decoupled"}
+    weights, directions = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    finite = torch.tensor([True, False, True]).view(3, 1, 1)
+    moved, masked, piece = weights.clone(), weights.clone(), weights[1].clone()
+    algorithm._move_([moved], [directions.clone()], group)
+    directions = torch.where(finite, directions, 0.0)
+    algorithm._move_([masked], [directions.clone()], group, finite)
+    assert torch.equal(masked, torch.where(finite, moved, weights))
+    algorithm._move_([piece], [directions[1].clone()], group, torch.tensor(0.0))
+    assert torch.equal(piece, weights[1])
