@@ -3,11 +3,11 @@
     python benchmarks/unchanged_curves.py
 
 "plain" has every optimisation that is on by default switched off: parameters go through a step one by one, products to
-torch's BLAS and Gram products whole, QR to LAPACK alone, Adam is done in passes, and the first moment is in the
-eigenbases whatever the frequency. All of that is the same but for rounding, which a training magnifies: "rate + 1e-6"
-has a learning rate larger by a millionth of itself and nothing else changed, and shows by how much. Losses only:
-nothing is timed, so the machine may be busy; a process per core, of one thread each. What is kept of each run goes to
-``benchmarks/results/unchanged_curves.json``, and a table of final losses is printed as Markdown.
+torch's BLAS and Gram products whole, QR to LAPACK alone, Adam and the weights are done in passes, and the first moment
+is in the eigenbases whatever the frequency. All of that is the same but for rounding, which a training magnifies:
+"rate + 1e-6" has a learning rate larger by a millionth of itself and nothing else changed, and shows by how much.
+Losses only: nothing is timed, so the machine may be busy; a process per core, of one thread each. What is kept of each
+run goes to ``benchmarks/results/unchanged_curves.json``, and a table of final losses is printed as Markdown.
 """
 
 import json
@@ -29,6 +29,7 @@ from emerging_optimizers.lab.machine import machine, versions
 from emerging_optimizers.lab.optimizers import tuned_rate
 from emerging_optimizers.lab.options import Options
 from emerging_optimizers.lab.race import Race
+from emerging_optimizers.mixin import WeightDecayMixin
 from emerging_optimizers.soap import algorithm, buckets, decompositions, kronecker, refresh
 
 RESULTS = Path(__file__).parent / "results/unchanged_curves.json"
@@ -42,6 +43,11 @@ def adam_in_passes(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
     return adam_direction(*tensors, **options | {"finite": torch.ones((), dtype=torch.bool)})
 
 
+def moved_in_passes(weights: list[torch.Tensor], directions: list[torch.Tensor], group: dict[str, Any]) -> None:
+    WeightDecayMixin.decay_weights_(weights, group)
+    algorithm._subtract_(weights, directions, group)
+
+
 VARIANTS: dict[str, list[tuple[Any, str, Any]]] = {
     "as it is": [],
     "rate + 1e-6": [],
@@ -49,9 +55,11 @@ VARIANTS: dict[str, list[tuple[Any, str, Any]]] = {
         (buckets, "CHUNK_ELEMENTS", 0),
         (precision, "_onednn_is_faster_and_exact", lambda: False),
         (kronecker, "GRAM_ROWS", NEVER),
+        (kronecker, "WIDE", NEVER),
         (decompositions, "GRAM_SCHMIDT_FROM", NEVER),
         (decompositions, "PANELS", {NEVER: 1}),
         (algorithm, "adam_direction", adam_in_passes),
+        (algorithm, "_move_", moved_in_passes),
         (algorithm, "_moment_outside", lambda *_: None),
         (refresh, "carried_by_rotation", lambda *_: False),
     ],
