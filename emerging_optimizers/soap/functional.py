@@ -270,7 +270,9 @@ def update_eigenbasis_and_momentum(
     momentum.copy_(refreshed.exp_avg.squeeze(0))
     exp_avg_sq.copy_(refreshed.exp_avg_sq.squeeze(0))
     bases = [
-        factor.clone() if basis is None else basis.squeeze(0).to(torch.float32 if convert_to_float else factor.dtype)
+        factor.clone()
+        if basis is None
+        else basis.squeeze(0).contiguous().to(torch.float32 if convert_to_float else factor.dtype)
         for basis, factor in zip(refreshed.bases, kronecker_factor_list, strict=True)
     ]
     return bases, momentum, exp_avg_sq

@@ -161,4 +161,4 @@ def _refresh_one(
         power_iter_steps=power_iter_steps,
         shift=shift,
     )
-    return refreshed.bases[0], None if refreshed.order is None else refreshed.order[0]
+    return refreshed.bases[0].contiguous(), None if refreshed.order is None else refreshed.order[0]

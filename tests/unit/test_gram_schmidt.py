@@ -9,6 +9,8 @@ from torch import Tensor
 from emerging_optimizers.soap import decompositions, gram_schmidt
 from emerging_optimizers.soap.decompositions import orthonormal_columns
 from emerging_optimizers.soap.eigenbasis import refresh_bases
+from emerging_optimizers.soap.functional import update_eigenbasis_and_momentum
+from emerging_optimizers.soap.soap_utils import get_eigenbasis_qr
 
 PANEL = 4
 
@@ -222,3 +224,17 @@ def test_no_memory_for_trying_it_leaves_the_work_to_householder(
     assert not failed.any()
     assert by_householder == [3]
     assert_orthonormal_factor(q, products, 1e-14)
+
+
+@pytest.mark.parametrize("size", [9, 16, 70])
+def test_bases_that_are_handed_out_have_memory_of_their_own_size(size: int, by_householder: list[int]) -> None:
+    exact = torch.linalg.qr(normal(size, size, seed=size)).Q
+    factor = (exact * torch.linspace(2, 1, size, dtype=torch.float64)) @ exact.mT
+    basis = torch.linalg.qr(exact + 0.01 * normal(size, size)).Q.contiguous()
+    moments = normal(size), normal(size, seed=1).square()
+    (alone,), _ = get_eigenbasis_qr([factor], [basis], moments[1])
+    (with_moments,), *_ = update_eigenbasis_and_momentum([factor], [basis], *moments[::-1], convert_to_float=False)
+    assert by_householder == []
+    for new in (alone, with_moments):
+        assert new.is_contiguous()
+        assert new.untyped_storage().nbytes() == new.nbytes
