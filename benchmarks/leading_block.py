@@ -1,6 +1,6 @@
 """What refreshing only the leading columns of each basis saves, and what it costs: `charlm`, three seeds, frequency 10.
 
-    python benchmarks/leading_block.py        # a quarter of an hour on two cores; the last seconds are timed
+    python -m benchmarks.leading_block        # a quarter of an hour on two cores; the last seconds are timed
 
 "half" and "quarter" take the power step `K Q` for that share of the columns, those of the largest eigenvalues. The
 others keep their directions, but for what makes them orthogonal to the new ones. They too are put in the order of their
@@ -20,14 +20,14 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
-from statistics import mean, median
-from time import perf_counter
+from statistics import mean
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from benchmarks.panels import in_turn
 from emerging_optimizers.lab.machine import machine, versions
 from emerging_optimizers.lab.optimizers import tuned_rate
 from emerging_optimizers.lab.options import Options
@@ -40,7 +40,6 @@ TASK, FREQUENCY = "charlm", 10
 SEEDS = range(3)
 SHARES = {"whole": 1.0, "half": 0.5, "quarter": 0.25}
 STACKS = [(8, 128), (8, 512), (1, 2048)]
-ROUNDS = 9
 
 
 def iteration(share: float) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -80,14 +79,7 @@ def times(count: int, size: int) -> dict[str, Any]:
     for name, share in list(SHARES.items())[1:]:
         rest = basis[..., round(share * size) :]
         works[f"saved_by_{name}"] = lambda rest=rest: factor @ rest  # type: ignore[misc]
-    taken: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(ROUNDS + 1):
-        for name, work in works.items():
-            begin = perf_counter()
-            work()
-            if number:  # the first warms up
-                taken[name].append(1000 * (perf_counter() - begin))
-    return {"matrices": count, "size": size, **{f"{name}_ms": round(median(t), 2) for name, t in taken.items()}}
+    return {"matrices": count, "size": size, **{f"{name}_ms": ms for name, ms in in_turn(works, 1).items()}}
 
 
 def main() -> None:

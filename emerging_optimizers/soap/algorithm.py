@@ -57,7 +57,7 @@ def updates_of(run: Run, group: dict[str, Any], timetable: Timetable, skipped: l
     if group["nonfinite"] != "skip":
         yield _update(run, grad, group, timetable)
         return
-    finite = is_usable(run.lengths(grad), group["state_dtype"])
+    finite = is_usable(run.rough_norms(grad), group["state_dtype"])
     if state.masks_on(grad.device):
         run.counters("skipped_steps").add_(~finite)
         skipped.append(~finite)

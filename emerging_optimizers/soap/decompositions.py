@@ -86,8 +86,13 @@ def _by_householder(matrices: Tensor, last_good: Tensor, order: Tensor | None) -
     return _rescued("qr", _householder, lambda: _in_order(matrices, order), lambda: _in_order(last_good, order))
 
 
-def _in_order(stack: Tensor, order: Tensor | None) -> Tensor:
-    return stack.clone() if order is None else stack.gather(-1, order.unsqueeze(-2).expand_as(stack))
+def _in_order(stack: Tensor, order: Tensor | None, padding: int = 0) -> Tensor:
+    """A copy with the columns in this order, whose rows are so many numbers longer in memory."""
+    count, rows, columns = stack.shape
+    copy = stack.new_empty(count, rows, columns + padding)[..., :columns]
+    if order is None:
+        return copy.copy_(stack)
+    return torch.gather(stack, -1, order.unsqueeze(-2).expand_as(stack), out=copy)
 
 
 def _gram_schmidt(matrices: Tensor, order: Tensor | None, quotients: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,12 +105,7 @@ def _gram_schmidt(matrices: Tensor, order: Tensor | None, quotients: Tensor) -> 
     every = len(which) == len(matrices)
     if not every:
         matrices, norms, order = matrices[which], norms[which], None if order is None else order[which]
-    size = matrices.shape[-1]
-    stack = matrices.new_empty(len(matrices), size, size + PADDING)[..., :size]
-    if order is None:
-        stack.copy_(matrices)
-    else:
-        torch.gather(matrices, -1, order.unsqueeze(-2).expand_as(matrices), out=stack)
+    stack = _in_order(matrices, order, PADDING)
     stack.div_((norms if order is None else norms.gather(-1, order)).unsqueeze(-2))
     with fp32_matmul_precision("highest", stack):
         orthonormal = orthonormalise_(stack)
