@@ -85,11 +85,7 @@ def calibrate(seconds: float = 10.0, device: str | torch.device = "cpu") -> Rate
         with fp32_matmul_precision("high", stack):
             taken = _time(lambda a=stack, b=out: torch.matmul(a, a, out=b), slot, where)  # type: ignore[misc]
         matmul[size] = 2 * size**3 * count / taken
-        # Of a basis that has hardly turned, as in most of a training: other ones can take longer (``gram_schmidt``).
-        last = torch.eye(size, device=where).expand_as(stack)
-        turned = last + 0.3 / size**0.5 * stack
-        quotients = turned.diagonal(dim1=-2, dim2=-1)
-        taken = _time(lambda a=turned, b=last, c=quotients: orthonormal_columns(a, b, None, c), slot, where)  # type: ignore[misc]
+        taken = _time(lambda a=stack: orthonormal_columns(a, a), slot, where)  # type: ignore[misc]
         qr[size] = 4 * size**3 * count / taken
     few = _soap_step([(1,)], slot, where)
     vector = _soap_step([(2**20,)], slot, where)

@@ -93,11 +93,14 @@ def orthogonal_iteration(
         permuted all the same.
     """
     order = torch.argsort(quotients, dim=-1, descending=True, stable=True)
-    bases, failed = orthonormal_columns(products, bases, order, quotients)
+    columns = order.unsqueeze(-2)
+    bases, failed = orthonormal_columns(
+        torch.take_along_dim(products, columns, -1), torch.take_along_dim(bases, columns, -1)
+    )
     for _ in range(power_iter_steps - 1):
         with fp32_matmul_precision(matmul_precision, factors):
             products = matrix_product(factors, bases)
-        bases, failed_again = orthonormal_columns(products, bases, quotients=column_products(bases, products))
+        bases, failed_again = orthonormal_columns(products, bases)
         failed = failed | failed_again
     return bases, order, failed
 

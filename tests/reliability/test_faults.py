@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import emerging_optimizers
-from emerging_optimizers.soap import SOAP, decompositions, incidents, state
+from emerging_optimizers.soap import SOAP, incidents, state
 from emerging_optimizers.soap.decompositions import eigenvectors, orthonormal_columns
 from emerging_optimizers.soap.eigenbasis import refresh_bases
 from emerging_optimizers.soap.refresh import refresh_eigenbasis_and_moments
@@ -25,10 +25,7 @@ CALL_SITES = {
     ("soap/decompositions.py", "eigh"): (torch.linalg, eigenvectors, "eigh"),
     ("soap/decompositions.py", "geqrf"): (torch, orthonormal_columns, "qr"),
     ("soap/decompositions.py", "householder_product"): (torch.linalg, orthonormal_columns, "qr"),
-    ("soap/decompositions.py", "solve_triangular"): (torch.linalg, orthonormal_columns, "qr"),
 }
-#: What a failure of leaves the work to Householder's QR (``tests/unit/test_gram_schmidt.py``).
-GRAM_SCHMIDT = {("soap/gram_schmidt.py", "cholesky_ex"), ("soap/gram_schmidt.py", "solve_triangular")}
 #: torch.linalg's functions that accept any matrix.
 CANNOT_FAIL = {"vector_norm", "matrix_norm", "norm", "diagonal", "matmul", "multi_dot", "cross", "vecdot"}
 DECOMPOSITIONS = (
@@ -57,7 +54,7 @@ def test_every_call_of_a_decomposition_is_known_here() -> None:
         for path in package.rglob("*.py")
         for name in call_sites(path.read_text(encoding="utf-8"))
     }
-    assert found == set(CALL_SITES) | GRAM_SCHMIDT | READERS
+    assert found == set(CALL_SITES) | READERS
 
 
 @pytest.mark.parametrize(
@@ -110,13 +107,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     counter = type(incidents.incidents)()
     monkeypatch.setattr(incidents, "incidents", counter)
     return counter
-
-
-@pytest.fixture(autouse=True)
-def panels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrices of any size go by panels, where a test is about what only those need."""
-    if "site" in request.fixturenames and request.getfixturevalue("site")[1] == "solve_triangular":
-        monkeypatch.setattr(decompositions, "PANELS", {1: 96})
 
 
 def random_factors(count: int, d: int, seed: int = 0) -> Tensor:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emerging_optimizers.soap import SOAP, decompositions, gram_schmidt, kronecker
+from emerging_optimizers.soap import SOAP, kronecker
 from emerging_optimizers.soap import state as state_module
 from emerging_optimizers.soap.layout import layout_for
 from emerging_optimizers.soap.packing import unpack
@@ -301,8 +301,6 @@ def test_soap_equals_the_oracle_over_30_steps(
     monkeypatch.setattr(state_module, "masks_on", lambda device: dtype == torch.float64)  # both ways, on the CPU
     if dtype == torch.float32:
         monkeypatch.setattr(kronecker, "GRAM_ROWS", 1)  # and factors by their lower triangles, or whole
-        monkeypatch.setattr(decompositions, "GRAM_SCHMIDT_FROM", 1)
-        monkeypatch.setattr(gram_schmidt, "PANELS", {1: 2})
     options = options_of(case)
     shape = SHAPES[case["shape"]]
     pair = run([shape, shape, (3,)], options, dtype)  # two of a shape, to meet any batching, and a stranger
