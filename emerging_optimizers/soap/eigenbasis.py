@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emerging_optimizers.precision import fp32_matmul_precision, matrix_product
+from emerging_optimizers.precision import fp32_matmul_precision
 from emerging_optimizers.soap.decompositions import eigenvectors, orthonormal_columns
 from emerging_optimizers.soap.kronecker import column_products
 
@@ -98,8 +98,8 @@ def orthogonal_iteration(
         torch.take_along_dim(products, columns, -1), torch.take_along_dim(bases, columns, -1)
     )
     for _ in range(power_iter_steps - 1):
-        with fp32_matmul_precision(matmul_precision, factors):
-            products = matrix_product(factors, bases)
+        with fp32_matmul_precision(matmul_precision):
+            products = factors @ bases
         bases, failed_again = orthonormal_columns(products, bases)
         failed = failed | failed_again
     return bases, order, failed
@@ -150,8 +150,8 @@ def refresh_bases(
         return RefreshedBases(new_bases, None, refreshed, failed)
     # One product serves the eigenvalues, the criterion and the power step. Full float32: in TensorFloat-32 the small
     # eigenvalues drown in the rounding of the large ones.
-    with fp32_matmul_precision("highest", factors):
-        products = matrix_product(factors, bases)
+    with fp32_matmul_precision("highest"):
+        products = factors @ bases
         quotients = column_products(bases, products)
     if adaptive_tolerance is not None:
         refreshed = ~basis_holds(factors, quotients, adaptive_tolerance)

@@ -18,25 +18,11 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from emerging_optimizers.precision import (
-    add_matrix_product_,
-    fp32_matmul_precision,
-    is_one_large,
-    matrix_product,
-    move_towards_product_,
-)
+from emerging_optimizers.precision import fp32_matmul_precision
 
 #: On a CPU, a Gram product of more than twice as many rows is formed in blocks of so many, its lower half only, in 0.6
 #: to 0.9 of the time; with fewer columns than these whole, in the same time (``benchmarks/gram_product.py``).
 GRAM_ROWS = 128
-
-#: A CPU's BLAS reads a transposed factor on the right of a product slowly if it is large and what it multiplies has few
-#: rows. From so many columns per row matrices are projected back with the large basis on the left instead, in 0.87 to
-#: 1.04 of the time (0.93 where there are 128 rows and 512 columns).
-WIDE = 3
-
-#: Rows that are multiplied elementwise at a time: what fits into a core's cache.
-CACHED_ROWS = 256
 
 
 def unfold(stack: Tensor, axis: int) -> Tensor:
@@ -51,10 +37,6 @@ def project(stack: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
 
 def project_back(stack: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
     """The inverse of :func:`project` for orthonormal bases: ``Q_1 G Q_2^T`` for a matrix."""
-    if stack.dim() == 3 and stack.shape[2] >= WIDE * stack.shape[1] and stack.device.type == "cpu":
-        left, right = bases
-        if left is not None and right is not None:
-            return matrix_product(left, matrix_product(right, stack.mT).mT)
     return _contract(stack, [None if basis is None else basis.mT for basis in bases])
 
 
@@ -65,11 +47,11 @@ def _contract(stack: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     left, right = matrices
     # The smaller one first: what comes between is then read in the larger product, the way it was written.
     if left is not None and (right is None or left.shape[-1] <= right.shape[-1]):
-        stack = matrix_product(left.mT, stack)
-        return stack if right is None else matrix_product(stack, right)
+        stack = left.mT @ stack
+        return stack if right is None else stack @ right
     if right is not None:
-        stack = matrix_product(stack, right)
-    return stack if left is None else matrix_product(left.mT, stack)
+        stack = stack @ right
+    return stack if left is None else left.mT @ stack
 
 
 def _contract_in_turn(stack: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
@@ -80,7 +62,7 @@ def _contract_in_turn(stack: Tensor, matrices: Sequence[Tensor | None]) -> Tenso
             continue
         rest = stack.shape[2:]
         columns = stack.reshape(stack.shape[0], stack.shape[1], -1)
-        stack = matrix_product(columns.mT, matrix).reshape(stack.shape[0], *rest, matrix.shape[-1])
+        stack = (columns.mT @ matrix).reshape(stack.shape[0], *rest, matrix.shape[-1])
     return stack
 
 
@@ -155,21 +137,13 @@ def rayleigh_quotients(factor: Tensor, basis: Tensor) -> Tensor:
 
     Always in full float32: in TensorFloat-32 the small eigenvalues drown in the rounding of the large ones.
     """
-    with fp32_matmul_precision("highest", factor):
-        return column_products(basis, matrix_product(factor, basis))
+    with fp32_matmul_precision("highest"):
+        return column_products(basis, factor @ basis)
 
 
 def column_products(left: Tensor, right: Tensor) -> Tensor:
-    """The inner product of each column with the other's, (B, d), of (B, d, d).
-
-    By blocks of rows, added up where they stand: elementwise products of whole factors would be new memory as large as
-    them.
-    """
-    (first_left, *lefts), (first_right, *rights) = (torch.split(stack, CACHED_ROWS, -2) for stack in (left, right))
-    products = first_left * first_right
-    for a, b in zip(lefts, rights, strict=True):
-        products[..., : a.shape[-2], :].addcmul_(a, b)
-    return products.sum(-2)
+    """The inner product of each column with the other's, (B, d), of (B, d, d)."""
+    return (left * right).sum(-2)
 
 
 def lower_only(factor: Tensor, entries: int) -> bool:
@@ -211,13 +185,11 @@ def _decay_and_add_gram_(factor: Tensor, matrix: Tensor, beta: float, finite: Te
         # The matrix is zero where it is not finite, so only the decay must be held back there.
         factor.mul_(1 - weight * finite.to(factor.dtype).view(-1, 1, 1))
     size, rank = matrix.shape[1:]
-    if finite is None and is_one_large(matrix, matrix.mT):
-        factor, matrix = factor[0], matrix[0]
     for lower, left, right in _gram_blocks(factor, matrix, lower_only(factor, size * rank)):
         if finite is None:
-            move_towards_product_(lower, left, right, weight)
+            lower.lerp_(left @ right, weight)
         else:
-            add_matrix_product_(lower, left, right, alpha=weight)
+            lower.add_(left @ right, alpha=weight)
 
 
 def _gram_blocks(factor: Tensor, matrix: Tensor, lower: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emerging_optimizers.precision import matrix_product
 from emerging_optimizers.soap.costs import carried_by_rotation
 from emerging_optimizers.soap.eigenbasis import refresh_bases
 from emerging_optimizers.soap.kronecker import project, project_back, rayleigh_quotients
@@ -167,7 +166,7 @@ def _carry(
     for axis in [axis for axis in inside if carried_by_rotation(stack.shape[1 + axis], entries)]:
         before, after = old[axis], new[axis]
         if before is not None and after is not None:
-            rotations[axis] = matrix_product(before.mT, after)
+            rotations[axis] = before.mT @ after
         inside.remove(axis)
     return project(take_out(stack, old, inside) if inside else stack, rotations)
 

@@ -283,7 +283,7 @@ def _work(
 ) -> list[Update]:
     """A step of a bucket; returns the updates that are not for this process alone to apply."""
     updates = []
-    precision = fp32_matmul_precision(group["fp32_matmul_prec"], bucket.stacks["exp_avg"])
+    precision = fp32_matmul_precision(group["fp32_matmul_prec"])
     with precision, without_autocast(bucket.device.type):
         for run in list(bucket.runs(grads)):
             for update in updates_of(run, group, timetable, skipped):

@@ -10,11 +10,12 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from emerging_optimizers.adam import adam_direction, raise_to_floor
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.schedules import LinearFrequency
-from emerging_optimizers.soap import SOAP, algorithm, eigenbasis, kronecker
+from emerging_optimizers.soap import SOAP, algorithm
 from emerging_optimizers.soap import state as state_module
 
 MODES = {
@@ -383,46 +384,31 @@ def test_the_counters_stay_on_the_cpu_whatever_the_default_device() -> None:
     assert {value.device.type for value in optimizer.state[parameter].values()} == {"cpu"}
 
 
-def test_each_precision_option_governs_its_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, set[str]] = {"project": set(), "gram": set(), "power": set()}
-    first_product: set[str] = set()
+class Products(TorchDispatchMode):
+    """The precision at which matrices are multiplied, by the operands' last two dimensions."""
 
-    def current() -> str:
-        return torch.backends.mkldnn.matmul.fp32_precision
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[tuple[int, ...], tuple[int, ...], str]] = []
 
-    real_contract, real_gram = kronecker._contract, kronecker._decay_and_add_gram_
-    real_iteration, real_product = eigenbasis.orthogonal_iteration, eigenbasis.matrix_product
-    inside_iteration: list[bool] = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "bmm", "matmul", "baddbmm", "addmm", "baddbmm_", "addmm_"):
+            left, right = (tuple(t.shape[-2:]) for t in args[-2:])
+            self.seen.append((left, right, torch.backends.mkldnn.matmul.fp32_precision))
+        return func(*args, **(kwargs or {}))
 
-    def contract(*arguments: object) -> Tensor:
-        seen["project"].add(current())
-        return real_contract(*arguments)
 
-    def gram(*arguments: object) -> None:
-        seen["gram"].add(current())
-        return real_gram(*arguments)
-
-    def iteration(*arguments: object) -> object:
-        inside_iteration.append(True)
-        result = real_iteration(*arguments)
-        inside_iteration.pop()
-        return result
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        (seen["power"] if inside_iteration else first_product).add(current())
-        return real_product(a, b)
-
-    monkeypatch.setattr(kronecker, "_contract", contract)
-    monkeypatch.setattr(kronecker, "_decay_and_add_gram_", gram)
-    monkeypatch.setattr(eigenbasis, "orthogonal_iteration", iteration)
-    monkeypatch.setattr(eigenbasis, "matrix_product", product)
+def test_each_precision_option_governs_its_own_products() -> None:
     parameter = nn.Parameter(torch.ones(5, 7))
     optimizer = SOAP([parameter], lr=0.1, fp32_matmul_prec="medium", qr_fp32_matmul_prec="high", power_iter_steps=2)
     for seed in range(2):
         parameter.grad = torch.randn(5, 7, generator=torch.Generator().manual_seed(seed))
-        optimizer.step()
-    assert seen == {"project": {"bf16"}, "gram": {"bf16"}, "power": {"tf32"}}
-    assert first_product == {"ieee"}
+        with Products() as products:
+            optimizer.step()
+    of_factors = [precision for left, right, precision in products.seen if left == right]
+    of_gradients = {precision for left, right, precision in products.seen if left != right}
+    assert of_factors == ["ieee", "tf32", "ieee", "tf32"]  # K Q of each axis: eigenvalues first, then a power step more
+    assert of_gradients == {"bf16"}
 
 
 def test_a_step_never_modifies_gradients_and_returns_the_closures_loss() -> None:
