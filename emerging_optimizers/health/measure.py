@@ -20,7 +20,7 @@ from emerging_optimizers.health.results import FactorHealth, Health, TensorHealt
 from emerging_optimizers.health.source import Entry, Names, entries, whole
 from emerging_optimizers.precision import fp32_matmul_precision, without_autocast
 from emerging_optimizers.soap.incidents import incidents
-from emerging_optimizers.soap.kronecker import mirror_, project
+from emerging_optimizers.soap.kronecker import project
 from emerging_optimizers.soap.layout import Layout, layout_of
 from emerging_optimizers.soap.options import refresh_frequency
 from emerging_optimizers.soap.packing import packed_size, unpack
@@ -141,7 +141,6 @@ def _examine_factor(entry: Entry, axis: int, size: int, has_basis: bool, exact_s
     if scale == 0:
         return FactorHealth(axis, size, orthogonality, None, None, None, dead_share, (0.0,) * size, basis_dtype, True)
     factor = factor / scale  # squares of small or large entries would leave float32
-    mirror_(factor.unsqueeze(0))  # between refreshes the lower triangle may be all that is up to date
     eigenvalues = None
     if has_basis:
         rotated = basis.mT @ (factor @ basis)

@@ -297,8 +297,6 @@ def _refresh(
     """Refreshes these axes' bases of all neighbours, except where ``finite`` is false."""
     exp_avg, exp_avg_sq, bases = run.moment("exp_avg"), run.moment("exp_avg_sq"), run.matrices("Q")
     factors = run.matrices("GG")
-    read = axes if group["second_moment_refresh"] == "rank" and run.based else range(len(factors))
-    kronecker.complete_((factors[axis] for axis in read), exp_avg[0].numel())
 
     def where_finite(new: Tensor, old: Tensor) -> Tensor:
         return new if finite is None else torch.where(along_stack(finite, old), new, old)

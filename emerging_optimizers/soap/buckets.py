@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emerging_optimizers.soap.kronecker import complete_what_comes_from_a_cpu_
 from emerging_optimizers.soap.layout import Layout, layout_for
 from emerging_optimizers.soap.packing import pack, unpack
 from emerging_optimizers.soap.placement import Grid, Place, local_tensor
@@ -112,8 +111,6 @@ class Bucket:
             for key, view in views.items():
                 if key in state:
                     view.copy_(state[key])
-                    if key.startswith("GG_") and view.dim() == 2 and self.device.type != "cpu":
-                        complete_what_comes_from_a_cpu_(view)
             state.update(views)
         self._pointers = [[view.data_ptr() for view in views.values()] for views in self._views]
         if layout is not None:

@@ -139,7 +139,6 @@ def update_kronecker_factors(
     dtype = working_dtype(grad, *kronecker_factor_list)
     working = _stack_list(kronecker_factor_list, dtype)
     kronecker.update_factors(working, _stack(grad, dtype), shampoo_beta)
-    kronecker.complete_(working, grad.numel())
     _write_back(kronecker_factor_list, working)
 
 
@@ -191,7 +190,6 @@ def update_kronecker_factors_kl_shampoo(
     working = _stack_list(kronecker_factor_list, dtype)
     bases = _stack_list(eigenbasis_list, dtype)
     kronecker.update_factors_kl(working, _stack(grad, dtype), shampoo_beta, bases, eps, eigval_exp)
-    kronecker.complete_(working, grad.numel())
     _write_back(kronecker_factor_list, working)
 
 

@@ -5,24 +5,17 @@ factor ``K_k`` and a basis ``Q_k`` are (B, d_k, d_k). Axis numbers count the gra
 include the stack. A list of factors or bases has one entry per axis, ``None`` where the axis has none: its basis is
 the identity. Columns of ``Q_k`` are eigenvectors. Nothing here knows the optimizer; nothing reads a device value on
 the host.
-
-Factors are symmetric, and their lower triangle is what counts: :func:`update_factors` and its like write no more where
-that saves time (:func:`lower_only`), and whoever multiplies with a factor :func:`completes <complete_>` it first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from math import sqrt
 
 import torch
 from torch import Tensor
 
 from emerging_optimizers.precision import fp32_matmul_precision
-
-#: On a CPU, a Gram product of more than twice as many rows is formed in blocks of so many, its lower half only, in 0.6
-#: to 0.9 of the time; with fewer columns than these whole, in the same time (``benchmarks/gram_product.py``).
-GRAM_ROWS = 128
 
 
 def unfold(stack: Tensor, axis: int) -> Tensor:
@@ -70,7 +63,7 @@ def update_factors(factors: Sequence[Tensor | None], grad: Tensor, beta: float, 
     """``K_k <- beta K_k + (1 - beta) unfold_k(G) unfold_k(G)^T``, in place (SOAP, arXiv 2409.11321, algorithm 3).
 
     Args:
-        factors: ``K_k`` per axis. Where :func:`lower_only`, only the lower triangle is read and written.
+        factors: ``K_k`` per axis.
         grad: ``G``, zero where ``finite`` is false.
         beta: The decay.
         finite: Boolean (B,); a factor stays as it is where it is false.
@@ -98,8 +91,7 @@ def update_factors_kl(
     outside of its history, the factor stays as it is.
 
     Args:
-        factors: ``K_k`` per axis. An axis without one takes part with ``S_j = I / d_j``. Where :func:`lower_only`, only
-            the lower triangle counts.
+        factors: ``K_k`` per axis. An axis without one takes part with ``S_j = I / d_j``.
         grad: ``G``, zero where ``finite`` is false.
         beta: The decay.
         bases: ``Q_k`` per axis. ``None``: there is no basis or no history yet, ``S_j = I / d_j`` for every axis.
@@ -113,7 +105,6 @@ def update_factors_kl(
         if factor is None or basis is None:
             roots.append(None)
         else:
-            complete_([factor], grad[0].numel())
             # eps may round to 0 in float32.
             eigenvalues = rayleigh_quotients(factor, basis).clamp_min(max(eps, torch.finfo(factor.dtype).tiny))
             roots.append(basis * eigenvalues.pow(eigval_exp / 2).unsqueeze(-2))
@@ -146,58 +137,9 @@ def column_products(left: Tensor, right: Tensor) -> Tensor:
     return (left * right).sum(-2)
 
 
-def lower_only(factor: Tensor, entries: int) -> bool:
-    """Whether only the lower triangles of (B, d, d), factors of tensors with so many entries, are kept up to date.
-
-    Of blocks on the diagonal both are.
-    """
-    size = factor.shape[-1]
-    return factor.device.type == "cpu" and size > 2 * GRAM_ROWS and entries >= size * GRAM_ROWS
-
-
-def complete_(factors: Iterable[Tensor | None], entries: int) -> None:
-    """Brings the upper triangles up to date where :func:`lower_only`."""
-    for factor in factors:
-        if factor is not None and lower_only(factor, entries):
-            mirror_(factor)
-
-
-def complete_what_comes_from_a_cpu_(factor: Tensor) -> None:
-    """Brings the upper triangle of (d, d) up to date if it differs from the lower one by more than rounding can.
-
-    Where both are written, they may differ by that, and a run that is resumed must not.
-    """
-    if factor.shape[-1] > 2 * GRAM_ROWS and bool((factor - factor.mT).abs().max() > 1e-5 * factor.abs().max()):
-        mirror_(factor.unsqueeze(0))
-
-
-def mirror_(factor: Tensor) -> None:
-    """Copies the lower triangles of (B, d, d), but for blocks on the diagonal, to the upper ones."""
-    for start in range(GRAM_ROWS, factor.shape[-1], GRAM_ROWS):
-        stop = start + GRAM_ROWS
-        factor[:, :start, start:stop].copy_(factor[:, start:stop, :start].mT)
-
-
 def _decay_and_add_gram_(factor: Tensor, matrix: Tensor, beta: float, finite: Tensor | None) -> None:
-    """``factor <- beta factor + (1 - beta) matrix matrix^T`` for (B, d, d) and (B, d, r), or its lower triangle."""
-    weight = 1 - beta
+    """``factor <- beta factor + (1 - beta) matrix matrix^T`` for (B, d, d) and (B, d, r), where ``finite`` is true."""
+    weight: float | Tensor = 1 - beta
     if finite is not None:
-        # The matrix is zero where it is not finite, so only the decay must be held back there.
-        factor.mul_(1 - weight * finite.to(factor.dtype).view(-1, 1, 1))
-    size, rank = matrix.shape[1:]
-    for lower, left, right in _gram_blocks(factor, matrix, lower_only(factor, size * rank)):
-        if finite is None:
-            lower.lerp_(left @ right, weight)
-        else:
-            lower.add_(left @ right, alpha=weight)
-
-
-def _gram_blocks(factor: Tensor, matrix: Tensor, lower: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The factor, or blocks of rows of its lower triangle, and what must be multiplied to make each."""
-    if not lower:
-        yield factor, matrix, matrix.mT
-        return
-    transposed, stop = matrix.mT, 0
-    for block, left in zip(torch.split(factor, GRAM_ROWS, -2), torch.split(matrix, GRAM_ROWS, -2), strict=True):
-        stop += left.shape[-2]
-        yield block[..., :stop], left, transposed[..., :stop]
+        weight = weight * finite.to(factor.dtype).view(-1, 1, 1)
+    factor.lerp_(matrix @ matrix.mT, weight)

@@ -27,7 +27,7 @@ from emerging_optimizers.soap.ownership import place_parameters
 from emerging_optimizers.soap.placement import Grid, Grids, local_tensor, warn_if_flattened
 from emerging_optimizers.soap.rounds import Plan
 from emerging_optimizers.soap.shared_state import share_states
-from emerging_optimizers.soap.state import complete_factors, fits, is_elsewhere
+from emerging_optimizers.soap.state import fits, is_elsewhere
 from emerging_optimizers.soap.timing import STAGGER_PROCESSES
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ class SOAP(WeightDecayMixin, Optimizer):
     of its bases, as it may be before a staggered refresh (``state.axes_outside``), else 0; ``failed_refreshes``, 0-D
     int64, the refreshes in which a decomposition failed for good and the last good basis stayed; and for each
     preconditioned axis k of the working shape ``GG_k`` and ``Q_k``, (d_k, d_k); packed, ``GG_k`` is
-    (d_k (d_k + 1) / 2,), see ``emerging_optimizers.soap.packing``. Of large factors on a CPU only the lower triangle of
-    ``GG_k`` is up to date between refreshes; ``state_dict`` has them whole. ``exp_avg`` and ``Q_k`` are in
+    (d_k (d_k + 1) / 2,), see ``emerging_optimizers.soap.packing``. ``exp_avg`` and ``Q_k`` are in
     ``state_dtype``, all else but the counters in the working dtype. They are views into stacks that parameters share:
     clone them before saving the state of a single one. What was skipped or failed is logged once per kind and counted
     for the process in ``emerging_optimizers.soap.incidents``. Where another process works on a parameter, all but
@@ -245,7 +244,6 @@ class SOAP(WeightDecayMixin, Optimizer):
             check_parameters(self.param_groups, self._grids)
 
     def __getstate__(self) -> dict[str, Any]:
-        complete_factors(self.state.values())
         return {**super().__getstate__(), "_grids": self._grids}
 
     def state_dict(self) -> dict[str, Any]:
@@ -255,7 +253,6 @@ class SOAP(WeightDecayMixin, Optimizer):
         the tensors are DTensors, and every process must call this.
         """
         self._place_parameters()
-        complete_factors(self.state.values())
         if not (self._grids.places or self._grids.have_dtensors):
             return with_plain_options(super().state_dict())
 

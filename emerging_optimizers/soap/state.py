@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emerging_optimizers.soap.kronecker import complete_
 from emerging_optimizers.soap.layout import Layout, layout_for
 from emerging_optimizers.soap.packing import packed_size
 
@@ -112,21 +111,6 @@ def init_elsewhere(state: dict[str, Any], parameter: Tensor, options: dict[str, 
 def is_elsewhere(state: dict[str, Any]) -> bool:
     """Whether another process has the rest of this state."""
     return "skipped_steps" in state and state["skipped_steps"].dim() > 0
-
-
-def complete_factors(states: Iterable[Any]) -> None:
-    """Brings factors up to date of which a step keeps the lower triangle alone (``kronecker.lower_only``).
-
-    What is none is left alone: whether states are what they should be is looked at in a step.
-    """
-    for state in states:
-        moment = state.get("exp_avg") if isinstance(state, dict) else None
-        if not isinstance(moment, Tensor):
-            continue
-        for axis in range(moment.dim()):
-            factor = state.get(f"GG_{axis}")
-            if isinstance(factor, Tensor) and factor.dim() == 2:
-                complete_([factor.unsqueeze(0)], moment.numel())
 
 
 def fits(state: dict[str, Any], layout: Layout, parameter: Tensor, pack_factors: bool = False) -> bool:
