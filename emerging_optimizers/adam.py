@@ -12,9 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-#: Numbers in the widest vector register there is for float32.
-REGISTER = 16
-
 
 def adam_direction(
     grad: Tensor,
@@ -27,7 +24,6 @@ def adam_direction(
     correct_bias: bool,
     use_nesterov: bool,
     finite: Tensor | None = None,
-    overwrite: bool = False,
 ) -> Tensor:
     """Moves the two moments in place and returns the direction ``U = Mh / (sqrt(Vh) + eps)``.
 
@@ -44,17 +40,12 @@ def adam_direction(
         use_nesterov: Use ``beta1 M / (1 - beta1**(i+1)) + (1 - beta1) G / (1 - beta1**i)`` for ``Mh``.
         finite: Boolean mask that broadcasts against ``grad``. Where it is false the moments stay as they are and
             the direction is zero. A mask, not a branch, so that a GPU need not be asked for it.
-        overwrite: ``grad`` is no longer needed, and the direction may take its place.
 
     Returns:
-        The direction, a new tensor or ``grad``.
+        The direction, a new tensor.
     """
     beta1, beta2 = betas
-    tensors = (grad, exp_avg, exp_avg_sq)
-    if finite is None and not use_nesterov and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors):
-        step_or_never = step if correct_bias else math.inf
-        return _fused_direction(*tensors, step=step_or_never, betas=betas, eps=eps, overwrite=overwrite)
-    move_first_moment_(exp_avg, grad, beta1, finite)
+    exp_avg.lerp_(grad, 1 - beta1 if finite is None else finite.to(grad.dtype) * (1 - beta1))
     if finite is None:
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     else:
@@ -73,62 +64,6 @@ def adam_direction(
     if finite is not None:
         # With eps = 0 an untouched entry is 0 / 0, so the mask must choose rather than multiply.
         direction = torch.where(finite, direction, 0.0)
-    return direction
-
-
-def move_first_moment_(exp_avg: Tensor, grad: Tensor, beta1: float, finite: Tensor | None = None) -> Tensor:
-    """``M <- beta1 M + (1 - beta1) G``, in place, but where the mask is false; returns ``M``."""
-    return exp_avg.lerp_(grad, 1 - beta1 if finite is None else finite.to(grad.dtype) * (1 - beta1))
-
-
-def _fused_direction(
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    step: float,
-    betas: tuple[float, float],
-    eps: float,
-    overwrite: bool,
-) -> Tensor:
-    """:func:`adam_direction` in one pass of torch's own fused step on the CPU, for contiguous tensors.
-
-    From a weight of zero and with a rate of -1 that step ends at the direction, and so it does from the gradient if it
-    decays all of it. It rounds the last elements otherwise if they do not fill a vector register, so these are filled
-    up: an element's result does not depend on where it is.
-    """
-    direction = grad if overwrite else torch.zeros_like(grad)
-    rest = grad.numel() % REGISTER
-    parts: list[list[Tensor]] = []
-    tails: list[Tensor] = []
-    for tensor in (direction, grad, exp_avg, exp_avg_sq):
-        vector = tensor.view(-1)
-        if rest:
-            vector, tail = vector.split_with_sizes((grad.numel() - rest, rest))
-            tails.append(tail)
-            parts.append([vector, torch.constant_pad_nd(tail, (0, REGISTER - rest))])
-        else:
-            parts.append([vector])
-    weights, grads, exp_avgs, exp_avg_sqs = parts
-    steps = len(weights) * [torch.tensor(step, dtype=torch.float32, device="cpu")]  # only read
-    torch._fused_adamw_(
-        weights,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        steps,
-        lr=-1.0,
-        beta1=betas[0],
-        beta2=betas[1],
-        weight_decay=-1.0 if overwrite else 0.0,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-    )
-    if rest:
-        for place in (0, 2, 3):
-            tails[place].copy_(parts[place][1][:rest])
     return direction
 
 

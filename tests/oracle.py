@@ -123,7 +123,7 @@ class OracleSOAP:
 
     Per-tensor state is a dict: ``t`` steps done, ``M`` and ``V`` in the working shape, ``K`` and ``Q`` dicts from
     axis to factor and basis (``Q`` empty while there is no basis), ``refresh_step`` as in the package (1-based,
-    0 for never), ``unrotated`` whether ``M`` is in the original space although there is a basis.
+    0 for never).
     ``events`` counts what happened, so that a test can assert that an option was really exercised.
     ``adopt_basis``, when given, is asked at every refreshed factor which basis to go on with.
     """
@@ -202,7 +202,6 @@ class OracleSOAP:
                     "K": {axis: torch.zeros(shape[axis], shape[axis], dtype=torch.float64) for axis in axes},
                     "Q": {},
                     "refresh_step": 0,
-                    "unrotated": False,
                 }
             )
 
@@ -217,7 +216,6 @@ class OracleSOAP:
     def _step_one(self, index: int, w: Tensor, g: Tensor) -> Tensor:
         s = self.state[index]
         t, i = s["t"], s["t"] + 1
-        outside = None
 
         # 1. sign and regularisation, then everything happens in the working shape
         if self.maximize:
@@ -233,11 +231,6 @@ class OracleSOAP:
                 b = 1 - (1 - b) / (1 - b**i)
             s["K"] = self._updated_factors(s, g, b)
             due = self._due_axes(index, s, t)
-            stays = bool(s["Q"]) and self._every_step(t)
-            if s["unrotated"] and not stays:
-                s["M"], s["unrotated"] = self._as_kept(rotated(s["M"], s["Q"])), False
-            if stays:
-                outside = s["M"] if s["unrotated"] else rotated_back(s["M"], s["Q"])
             if due:
                 self._refresh(index, s, i, due)
 
@@ -260,8 +253,6 @@ class OracleSOAP:
         if self.use_nesterov:
             m_hat = self.beta1 * s["M"] / next1 + (1 - self.beta1) * g_rot / now1
         u = m_hat / (torch.sqrt(s["V"] / now2) + self.eps)
-        if outside is not None:
-            s["M"], s["unrotated"] = self.beta1 * outside + (1 - self.beta1) * g, True
         s["M"] = self._as_kept(s["M"])
 
         # 8. out of the eigenbasis, and the clip
@@ -324,10 +315,6 @@ class OracleSOAP:
         f = self.precondition_frequency
         return f(t) if callable(f) else f
 
-    def _every_step(self, t: int) -> bool:
-        """Whether M is kept in the original space after this step: where a refresh would take it out at each."""
-        return t >= self.adam_warmup_steps and self._frequency(t) == 1 and not self.use_adaptive_criteria
-
     def _refresh(self, index: int, s: dict, i: int, due: Sequence[int]) -> None:
         """Step 4."""
         first = not s["Q"]
@@ -360,7 +347,7 @@ class OracleSOAP:
             self.events["adopted"] += new[axis] is not own
 
         # M keeps its value in the original space
-        s["M"] = rotated(s["M"] if s["unrotated"] else rotated_back(s["M"], old), new)
+        s["M"] = rotated(rotated_back(s["M"], old), new)
 
         if first or (self.second_moment_refresh == "kronecker" and any_refreshed):
             s["V"] = kronecker_estimate(s["V"], {axis: rayleigh(k, new[axis]) for axis, k in s["K"].items()})

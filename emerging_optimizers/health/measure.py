@@ -20,11 +20,10 @@ from emerging_optimizers.health.results import FactorHealth, Health, TensorHealt
 from emerging_optimizers.health.source import Entry, Names, entries, whole
 from emerging_optimizers.precision import fp32_matmul_precision, without_autocast
 from emerging_optimizers.soap.incidents import incidents
-from emerging_optimizers.soap.kronecker import project
-from emerging_optimizers.soap.layout import Layout, layout_of
+from emerging_optimizers.soap.layout import layout_of
 from emerging_optimizers.soap.options import refresh_frequency
 from emerging_optimizers.soap.packing import packed_size, unpack
-from emerging_optimizers.soap.state import axes_outside, is_elsewhere
+from emerging_optimizers.soap.state import is_elsewhere
 
 
 @torch.no_grad()
@@ -80,8 +79,6 @@ def _examine_tensor(entry: Entry, exact_spectra: bool) -> TensorHealth:
         for axis in layout.axes if "refresh_step" in entry.state else ():  # a piece of a tensor has none
             factors.append(_examine_factor(entry, axis, layout.shape[axis], refresh_step > 0, exact_spectra))
         finite = all(bool(t.isfinite().all()) for t in (exp_avg, exp_avg_sq)) and all(f.finite for f in factors)
-        if finite and _count(entry, "unrotated") > 0:
-            exp_avg = _rotated(entry, exp_avg, layout)
         direction_rms = _direction_rms(exp_avg, exp_avg_sq, step, options) if finite else None
         weight = None if entry.weight is None or tuple(entry.weight.shape) != shape else entry.weight
         weight_rms = None if weight is None or not finite else _rms(weight.to(exp_avg_sq.dtype))
@@ -162,17 +159,6 @@ def _examine_factor(entry: Entry, axis: int, size: int, has_basis: bool, exact_s
     return FactorHealth(
         axis, size, orthogonality, residual, effective_rank, condition, dead_share, spectrum, basis_dtype, True
     )
-
-
-def _rotated(entry: Entry, exp_avg: Tensor, layout: Layout) -> Tensor:
-    """A first moment that is kept outside of some bases, in all of them, where the second moment is."""
-    outside = axes_outside(_count(entry, "unrotated"), layout)
-    moment = exp_avg.to(torch.promote_types(exp_avg.dtype, torch.float32))
-    bases = [
-        _tensor(entry, f"Q_{axis}").to(moment.dtype).unsqueeze(0) if axis in outside else None
-        for axis in range(len(layout.shape))
-    ]
-    return project(moment.reshape(1, *layout.shape), bases).view(exp_avg.shape)
 
 
 def _direction_rms(exp_avg: Tensor, exp_avg_sq: Tensor, step: int, options: Mapping[str, Any]) -> float | None:

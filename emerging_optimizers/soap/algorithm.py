@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emerging_optimizers.adam import adam_direction, move_first_moment_, raise_to_floor
+from emerging_optimizers.adam import adam_direction, raise_to_floor
 from emerging_optimizers.mixin import WeightDecayMixin, scalar_lr
 from emerging_optimizers.soap import kronecker, state
-from emerging_optimizers.soap.buckets import NO_AXIS, Run, is_always_alone, stretches
+from emerging_optimizers.soap.buckets import NO_AXIS, Run, stretches
 from emerging_optimizers.soap.incidents import report_skipped_gradient
 from emerging_optimizers.soap.options import name_of
-from emerging_optimizers.soap.refresh import along_stack, refresh_eigenbasis_and_moments, take_out
+from emerging_optimizers.soap.refresh import along_stack, refresh_eigenbasis_and_moments
 from emerging_optimizers.soap.timing import Timetable
 
 
@@ -87,12 +87,10 @@ def _update(
         finite: (B,), false for those that are to stay as they are.
     """
     bases: list[Tensor | None] | None = None
-    original = None
     projected = grad
     if run.layout is not None:
         _update_factors(run, grad, group, finite)
-        original = _moment_outside(run, group, timetable, finite)
-        if _refresh_if_due(run, group, timetable, finite, original):
+        if _refresh_if_due(run, group, timetable, finite):
             bases = run.matrices("Q")
             projected = kronecker.project(grad, bases)
     exp_avg = run.moment("exp_avg")
@@ -107,16 +105,8 @@ def _update(
         correct_bias=group["correct_bias"],
         use_nesterov=group["use_nesterov"],
         finite=mask,
-        overwrite=projected is not grad,
     )
-    if original is not None:
-        run.keep("exp_avg", move_first_moment_(original, grad, group["betas"][0], mask))
-        run.counters("unrotated").fill_(state.OUT_OF_ALL)
-    else:
-        leave = () if bases is None or mask is not None else _axes_to_leave(run, timetable)
-        run.keep("exp_avg", take_out(exp_avg, bases or (), leave) if leave else exp_avg)
-        if leave:
-            run.counters("unrotated").fill_(state.flags_of(leave))
+    run.keep("exp_avg", exp_avg)
     if bases is not None:
         direction = kronecker.project_back(direction, bases)
     if group["max_update_rms"] > 0:
@@ -155,44 +145,18 @@ def _move_(
 ) -> None:
     """Steps 5 and 9: decays each weight and subtracts ``lr U``, in place; ``U`` is lost.
 
-    In one pass where torch has one. On a CPU that is its fused SGD, whose L2 term decouples where there is no momentum:
-    ``W - lr (U + weight_decay W)``. It takes for granted that memory is contiguous.
-
     Args:
         weights: ``W``, in the working dtype.
         directions: ``U``, zero where ``finite`` is false.
         group: The parameter group.
         finite: Broadcasts against each; where it is false, or 0, the weights stay as they are.
     """
-    decays = group["weight_decay_method"] == "decoupled" and group["weight_decay"] != 0
-    if not decays or weights[0].device.type != "cpu":
-        if finite is None:
-            WeightDecayMixin.decay_weights_(weights, group)
-        else:
-            for weight in weights:
-                WeightDecayMixin.decay_weight_(weight, group, finite)
-        _subtract_(weights, directions, group)
-        return
-    moved = [
-        weight.contiguous() if finite is None else weight.clone(memory_format=torch.contiguous_format)
-        for weight in weights
-    ]
-    torch._fused_sgd_(
-        moved,
-        [direction.contiguous() for direction in directions],
-        [],
-        weight_decay=group["weight_decay"],
-        momentum=0.0,
-        lr=float(group["lr"]),
-        dampening=0.0,
-        nesterov=False,
-        maximize=False,
-        is_first_step=False,
-    )
-    torch.autograd.graph.increment_version(moved)  # as every other change in place does by itself
-    for weight, new in zip(weights, moved, strict=True):
-        if new is not weight:
-            weight.copy_(new if finite is None else torch.where(finite.bool(), new, weight))
+    if finite is None:
+        WeightDecayMixin.decay_weights_(weights, group)
+    else:
+        for weight in weights:
+            WeightDecayMixin.decay_weight_(weight, group, finite)
+    _subtract_(weights, directions, group)
 
 
 def _subtract_(weights: list[Tensor], directions: list[Tensor], group: dict[str, Any]) -> None:
@@ -220,45 +184,7 @@ def _update_factors(run: Run, grad: Tensor, group: dict[str, Any], finite: Tenso
     run.keep_matrices("GG", factors)
 
 
-def _moment_outside(run: Run, group: dict[str, Any], timetable: Timetable, finite: Tensor | None) -> Tensor | None:
-    """A copy of the first moment in the original space where it stays there, which spares taking it out every time.
-
-    That is where all bases are refreshed at every step. Where they no longer are, the moment moves into them, but for
-    those out of which it was taken because they are refreshed in this step.
-    """
-    layout = run.layout or NO_AXIS
-    outside = state.axes_outside(run.unrotated, layout)
-    if run.based and timetable.every_step(run.step) and not group["use_adaptive_criteria"]:
-        inside = [axis for axis in layout.axes if axis not in outside]
-        moment = run.moment("exp_avg")
-        return take_out(moment, run.matrices("Q"), inside) if inside else moment.clone()
-    if outside:
-        stay = outside if finite is None else ()
-        for index in run.indices:
-            stay = tuple(axis for axis in stay if axis in timetable.axes_to_leave(index, layout, run.step - 1))
-        bases = run.matrices("Q")
-        enter = [basis if axis in outside and axis not in stay else None for axis, basis in enumerate(bases)]
-        if any(basis is not None for basis in enter):
-            run.keep("exp_avg", kronecker.project(run.moment("exp_avg"), enter))
-        run.unrotated = state.flags_of(stay)
-        run.counters("unrotated").fill_(run.unrotated)
-    return None
-
-
-def _axes_to_leave(run: Run, timetable: Timetable) -> tuple[int, ...]:
-    """The axes whose bases the first moment leaves at the end of a step, because the next one refreshes them.
-
-    Nobody's that may be worked on with others, which would have to part with it in the next step, or that is rounded.
-    """
-    layout = run.layout or NO_AXIS
-    if not is_always_alone(layout) or run.kept("exp_avg").dtype != run.bucket.dtype:
-        return ()
-    return timetable.axes_to_leave(run.indices[0], layout, run.step)
-
-
-def _refresh_if_due(
-    run: Run, group: dict[str, Any], timetable: Timetable, finite: Tensor | None, original: Tensor | None
-) -> bool:
+def _refresh_if_due(run: Run, group: dict[str, Any], timetable: Timetable, finite: Tensor | None) -> bool:
     """Step 4: new eigenbases, with the moments carried into them, where they are due.
 
     Args:
@@ -266,7 +192,6 @@ def _refresh_if_due(
         group: Their parameter group.
         timetable: Which bases are refreshed.
         finite: (B,), false for those that are to stay as they are.
-        original: Their first moment in the original space, if it is at hand.
 
     Returns:
         Whether any of the neighbours has a basis now; ``Q`` is the identity for one that has none.
@@ -276,8 +201,8 @@ def _refresh_if_due(
         due = [timetable.due_axes(index, layout, run.step) for index in run.indices]
         for start, stop in stretches(due):
             if due[start]:
-                part, outside = (None if of_all is None else of_all[start:stop] for of_all in (finite, original))
-                _refresh(run.part(start, stop), group, due[start], part, outside)
+                part = None if finite is None else finite[start:stop]
+                _refresh(run.part(start, stop), group, due[start], part)
         return True
     if run.step < group["adam_warmup_steps"]:
         return False
@@ -287,13 +212,11 @@ def _refresh_if_due(
     wanted = (alive if finite is None else alive & finite).tolist()
     for start, stop in stretches(wanted):
         if wanted[start]:
-            _refresh(run.part(start, stop), group, layout.axes, None, None)
+            _refresh(run.part(start, stop), group, layout.axes, None)
     return any(wanted)
 
 
-def _refresh(
-    run: Run, group: dict[str, Any], axes: tuple[int, ...], finite: Tensor | None, original: Tensor | None
-) -> None:
+def _refresh(run: Run, group: dict[str, Any], axes: tuple[int, ...], finite: Tensor | None) -> None:
     """Refreshes these axes' bases of all neighbours, except where ``finite`` is false."""
     exp_avg, exp_avg_sq, bases = run.moment("exp_avg"), run.moment("exp_avg_sq"), run.matrices("Q")
     factors = run.matrices("GG")
@@ -306,8 +229,6 @@ def _refresh(
         bases if run.based else None,
         exp_avg,
         exp_avg_sq,
-        original=original,
-        outside=state.axes_outside(run.unrotated, run.layout or NO_AXIS) if original is None else (),
         axes=axes,
         use_eigh=group["use_eigh"],
         adaptive_tolerance=group["adaptive_update_tolerance"] if group["use_adaptive_criteria"] else None,
@@ -317,7 +238,6 @@ def _refresh(
     )
     new_exp_avg_sq = raise_to_floor(refreshed.exp_avg_sq, refreshed.exp_avg, run.step, group["betas"])
     run.keep("exp_avg", where_finite(refreshed.exp_avg, exp_avg))
-    run.counters("unrotated").zero_()
     run.keep("exp_avg_sq", where_finite(new_exp_avg_sq, exp_avg_sq))
     pairs = zip(refreshed.bases, bases, strict=True)
     run.keep_matrices("Q", [None if n is None or o is None else where_finite(n, o) for n, o in pairs])

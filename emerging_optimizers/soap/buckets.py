@@ -138,10 +138,9 @@ class Bucket:
         steps = self.stacks["step"].tolist()
         none = [0.0] * len(steps)
         refresh_steps = self.stacks["refresh_step"].tolist() if self.layout else none
-        unrotated = self.stacks["unrotated"].tolist() if self.layout else none
         clocks = [
-            None if grad is None else (int(step), refresh_step > 0, int(flags))
-            for grad, step, refresh_step, flags in zip(grads, steps, refresh_steps, unrotated, strict=True)
+            None if grad is None else (int(step), refresh_step > 0)
+            for grad, step, refresh_step in zip(grads, steps, refresh_steps, strict=True)
         ]
         for start, stop in stretches(clocks):
             clock = clocks[start]
@@ -158,7 +157,6 @@ class Run:
         stop: One past the last.
         step: The steps that they have done.
         based: Whether they have an eigenbasis.
-        unrotated: Out of which bases their first moment is all the same, see ``state.axes_outside``.
         grads: Their gradients.
     """
 
@@ -169,12 +167,11 @@ class Run:
         stop: int,
         step: int,
         based: bool,
-        unrotated: int,
         grads: Sequence[Tensor | None],
     ) -> None:
         self.bucket, self.start, self.stop = bucket, start, stop
         self._is_all = stop - start == len(bucket.parameters)
-        self.step, self.based, self.unrotated = step, based, unrotated
+        self.step, self.based = step, based
         self.grads = [grad for grad in grads if grad is not None]
         self.layout = bucket.layout
         self.parameters = bucket.parameters[start:stop]
@@ -186,7 +183,7 @@ class Run:
         if (start, stop) == (0, len(self.parameters)):
             return self
         grads = self.grads[start:stop]
-        clock = (self.step, self.based, self.unrotated)
+        clock = (self.step, self.based)
         return Run(self.bucket, self.start + start, self.start + stop, *clock, grads)
 
     def part_of(self, joined: Tensor, start: int, stop: int) -> Tensor:
@@ -390,11 +387,6 @@ def _chunks(layout: Layout | None, members: list[tuple[int, Tensor]]) -> Iterato
 def _size(layout: Layout) -> int:
     """The elements of a member in the largest of its stacks."""
     return max(prod(layout.shape), *(layout.shape[axis] ** 2 for axis in layout.axes), 0)
-
-
-def is_always_alone(layout: Layout) -> bool:
-    """Whether no two parameters with this layout are in one bucket, whatever the others and the processes are."""
-    return 2 * _size(layout) > CHUNK_ELEMENTS
 
 
 def batches(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:

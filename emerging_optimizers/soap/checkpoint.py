@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 NOT_SAVED = "callable, not saved"
 
 #: State that did not always exist: it starts afresh where a saved state does not have it.
-LATER_KEYS = ("skipped_steps", "failed_refreshes", "unrotated")
+LATER_KEYS = ("skipped_steps", "failed_refreshes")
 
 COUNTERS = tuple(dict.fromkeys([*HOST_KEYS, *LATER_KEYS]))
 LARGEST_COUNT = 2**53  # float64 counts no further
@@ -229,6 +229,12 @@ def _state_to_load(
 ) -> dict[str, Tensor]:
     """The state of one parameter; packed here if it is from before factors could be (``knows_packing`` is false)."""
     wanted = meta_state(parameter, {**options, "pack_factors": options["pack_factors"] and knows_packing})
+    saved = dict(saved)
+    if saved.pop("unrotated", 0) != 0:
+        raise ValueError(
+            f"the loaded state of {name} is of an earlier version, which kept the first moment outside of its basis "
+            "('unrotated' is not 0): start SOAP anew, or let one step of that version refresh nothing before it saves"
+        )
     unknown = [key for key in saved if key not in wanted]
     missing = [key for key in wanted if key not in saved and key not in LATER_KEYS]
     if unknown or missing:

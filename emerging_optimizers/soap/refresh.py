@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from emerging_optimizers.soap.costs import carried_by_rotation
 from emerging_optimizers.soap.eigenbasis import refresh_bases
 from emerging_optimizers.soap.kronecker import project, project_back, rayleigh_quotients
 
@@ -37,8 +36,6 @@ def refresh_eigenbasis_and_moments(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     *,
-    original: Tensor | None = None,
-    outside: Collection[int] = (),
     axes: Sequence[int] | None = None,
     use_eigh: bool = False,
     adaptive_tolerance: float | None = None,
@@ -58,8 +55,6 @@ def refresh_eigenbasis_and_moments(
         bases: ``Q_k`` per axis; None for the first refresh, where the moments are in the original space.
         exp_avg: ``M``, (B, d_1, .., d_N), in the present bases.
         exp_avg_sq: ``V``, likewise.
-        original: ``M`` in the original space, if it is at hand: it is then not taken out of the present bases.
-        outside: Axes whose present basis ``exp_avg`` is out of already. They are among those that are refreshed.
         axes: The axes whose basis is refreshed; None: all that have a factor.
         use_eigh: Decompose instead of iterating.
         adaptive_tolerance: Leave a factor's basis alone where it holds at this tolerance; None: never.
@@ -95,11 +90,9 @@ def refresh_eigenbasis_and_moments(
         any_refreshed |= axis_result.refreshed
         any_failed |= axis_result.failed
 
-    if original is not None:
-        carried = project(original, new_bases)
-    else:
-        # Only along the axes that were refreshed: the other bases would take it out and in again.
-        carried = _carry(exp_avg, None if bases is None else _where(turned, bases), _where(turned, new_bases), outside)
+    # Only along the axes that were refreshed: the other bases would take it out and in again.
+    carried = exp_avg if bases is None else project_back(exp_avg, _where(turned, bases))
+    carried = project(carried, _where(turned, new_bases))
     new_exp_avg = carried
     if adaptive_tolerance is not None:
         new_exp_avg = torch.where(along_stack(any_refreshed, exp_avg), carried, exp_avg)
@@ -145,37 +138,9 @@ def _where(chosen: Sequence[bool], bases: Sequence[Tensor | None]) -> list[Tenso
     return [basis if take else None for take, basis in zip(chosen, bases, strict=True)]
 
 
-def take_out(stack: Tensor, bases: Sequence[Tensor | None], axes: Collection[int]) -> Tensor:
-    """``stack`` (B, d_1, .., d_N) out of the bases of these axes."""
-    return project_back(stack, [basis if axis in axes else None for axis, basis in enumerate(bases)])
-
-
-def _carry(
-    stack: Tensor, old: Sequence[Tensor | None] | None, new: Sequence[Tensor | None], outside: Collection[int] = ()
-) -> Tensor:
-    """``stack`` (B, d_1, .., d_N) out of the old bases (None: it is in none) and into the new ones.
-
-    Along a short axis by ``Q_old^T Q_new``, which is one product of its length with the stack instead of two; not along
-    one of whose old basis it is out.
-    """
-    if old is None:
-        return project(stack, new)
-    entries = stack[0].numel()
-    rotations = list(new)
-    inside = [axis for axis, basis in enumerate(old) if basis is not None and axis not in outside]
-    for axis in [axis for axis in inside if carried_by_rotation(stack.shape[1 + axis], entries)]:
-        before, after = old[axis], new[axis]
-        if before is not None and after is not None:
-            rotations[axis] = before.mT @ after
-        inside.remove(axis)
-    return project(take_out(stack, old, inside) if inside else stack, rotations)
-
-
 def _in_order(stack: Tensor, axis: int, order: Tensor) -> Tensor:
     """``stack`` (B, d_1, .., d_N) with its slices along ``axis`` in the order (B, d_axis)."""
-    if axis == 0:  # whole rows, which on a CPU takes half of the time that gathering them element by element takes
-        return stack[torch.arange(len(stack), device=stack.device).unsqueeze(1), order]
-    return stack.gather(1 + axis, _along(order, axis, stack).expand_as(stack))
+    return torch.take_along_dim(stack, _along(order, axis, stack), 1 + axis)
 
 
 def _along(values: Tensor, axis: int, like: Tensor) -> Tensor:

@@ -119,9 +119,7 @@ class SOAP(WeightDecayMixin, Optimizer):
     State, per parameter: ``step``, the steps done, 0-D float64 on the CPU; ``exp_avg`` and ``exp_avg_sq``, shaped like
     the parameter and held in the eigenbasis once there is one; ``skipped_steps``, 0-D int64. Preconditioned tensors
     also have ``refresh_step``, the value of ``step`` after the last refresh that was due, 0 before the first;
-    ``unrotated``, 0-D int64, 1 where ``exp_avg`` is in the original space although there is a basis, as it is where
-    every step refreshes (``precondition_frequency=1`` without the adaptive criterion), larger where it is out of some
-    of its bases, as it may be before a staggered refresh (``state.axes_outside``), else 0; ``failed_refreshes``, 0-D
+    ``failed_refreshes``, 0-D
     int64, the refreshes in which a decomposition failed for good and the last good basis stayed; and for each
     preconditioned axis k of the working shape ``GG_k`` and ``Q_k``, (d_k, d_k); packed, ``GG_k`` is
     (d_k (d_k + 1) / 2,), see ``emerging_optimizers.soap.packing``. ``exp_avg`` and ``Q_k`` are in

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -13,10 +12,7 @@ from emerging_optimizers.soap.layout import Layout, layout_for
 from emerging_optimizers.soap.packing import packed_size
 
 #: State that the host reads at every step and that is therefore on the CPU.
-HOST_KEYS = ("step", "refresh_step", "unrotated")
-
-#: The value of ``unrotated`` where the first moment is out of all bases.
-OUT_OF_ALL = 1
+HOST_KEYS = ("step", "refresh_step")
 
 #: What ``state_dtype`` may be besides None.
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -36,10 +32,9 @@ def init_state(
 ) -> None:
     """Fills an empty state. Its keys depend on the layout alone, so every process that trains a model has the same.
 
-    ``step``, ``refresh_step`` (the value of ``step`` after the last refresh that was due, 0 without a basis) and
-    ``unrotated`` (see :func:`axes_outside`) are on the CPU, where the host reads them without waiting. The first two
-    are float64: a float32 counter stands still at 2**24, and with it the refreshes. Everything else is on the
-    parameter's device. ``Q_k`` is the identity until there is a basis.
+    ``step`` and ``refresh_step`` (the value of ``step`` after the last refresh that was due, 0 without a basis) are on
+    the CPU, where the host reads them without waiting, and float64: a float32 counter stands still at 2**24, and with
+    it the refreshes. Everything else is on the parameter's device. ``Q_k`` is the identity until there is a basis.
 
     Args:
         state: Is filled.
@@ -59,28 +54,11 @@ def init_state(
     state["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
     if layout.axes:
         state["refresh_step"] = torch.zeros((), dtype=torch.float64, device="cpu")
-        state["unrotated"] = torch.zeros((), dtype=torch.int64, device="cpu")
         state["failed_refreshes"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
     for axis in layout.axes:
         size = layout.shape[axis]
         state[f"GG_{axis}"] = torch.zeros(factor_shape(size, pack_factors), **like)
         state[f"Q_{axis}"] = torch.eye(size, **kept)
-
-
-def axes_outside(unrotated: int, layout: Layout) -> tuple[int, ...]:
-    """The axes whose basis the first moment is out of, although there is one.
-
-    Example:
-        >>> layout = Layout((8, 4), (0, 1))
-        >>> [axes_outside(flags, layout) for flags in (0, OUT_OF_ALL, flags_of((0,)), flags_of((1,)))]
-        [(), (0, 1), (0,), (1,)]
-    """
-    return tuple(axis for axis in layout.axes if unrotated & (OUT_OF_ALL | 2 << axis))
-
-
-def flags_of(axes: Iterable[int]) -> int:
-    """The value of ``unrotated`` where the first moment is out of the bases of these axes alone."""
-    return sum(2 << axis for axis in axes)
 
 
 def factor_shape(size: int, pack_factors: bool) -> tuple[int, ...]:

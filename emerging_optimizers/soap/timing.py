@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 from torch import Tensor
 
-from emerging_optimizers.soap.costs import carried_by_rotation, mean_flops, refresh_flops, share_out
+from emerging_optimizers.soap.costs import mean_flops, refresh_flops, share_out
 from emerging_optimizers.soap.layout import Layout, layout_for
 from emerging_optimizers.soap.options import refresh_frequency
 from emerging_optimizers.soap.state import is_elsewhere
@@ -50,23 +49,6 @@ class Timetable:
                 step: refresh_frequency(frequency, step) for step in steps if step >= group["adam_warmup_steps"]
             }
 
-    def every_step(self, step: int) -> bool:
-        """Whether a tensor with a basis has all of it refreshed at ``step`` and, by the frequency then, at the next."""
-        return step >= self._group["adam_warmup_steps"] and self._frequency(step) == 1
-
-    def axes_to_leave(self, index: int, layout: Layout, step: int) -> tuple[int, ...]:
-        """The axes whose bases a first moment is taken out of after ``step``, so that less is left for the next one.
-
-        Those with a refresh at the next step, where refreshes are staggered, but for those along which the moment is
-        carried without taking it out.
-        """
-        group = self._group
-        if not group["stagger_updates"] or group["use_adaptive_criteria"] or isinstance(self._frequencies, dict):
-            return ()
-        entries = prod(layout.shape)
-        due = self.due_axes(index, layout, step + 1)
-        return tuple(axis for axis in due if not carried_by_rotation(layout.shape[axis], entries))
-
     def _frequency(self, step: int) -> int:
         return self._frequencies[step] if isinstance(self._frequencies, dict) else self._frequencies
 
@@ -88,11 +70,9 @@ class Timetable:
 def refresh_offsets(layouts: Sequence[Layout], period: int, processes: int = 1) -> tuple[tuple[int, ...], ...]:
     """A place in the period for every preconditioned axis, such that each step of the period has about the same work.
 
-    Greedy: the most expensive refresh first, each to the step with the least work so far; those of one layout and axis
-    stay together while a step has no more than its share, since they can be one stack. Then the steps with the most
-    work are set apart, because some of it is done in the step before (:meth:`Timetable.axes_to_leave`). Where several
-    processes share the matrices, each one's are spread by themselves: like owners then refresh like sizes in the same
-    step, and none waits for another.
+    Greedy: the most expensive refresh first, each to the step with the least work so far. Where several processes share
+    the matrices, each one's are spread by themselves: like owners then refresh like sizes in the same step, and none
+    waits for another.
 
     Args:
         layouts: Of every parameter, in order.
@@ -116,27 +96,6 @@ def refresh_offsets(layouts: Sequence[Layout], period: int, processes: int = 1) 
         if jobs:
             steps = [0] * min(period, len(jobs))  # more places than jobs stay empty
             flops = [refresh_flops(layouts[i], axis) for i, axis in jobs]
-            kinds = [(layouts[i], axis) for i, axis in jobs]  # of which some can be refreshed together
-            steps_of_jobs = share_out(flops, steps, kinds)
-            for job, step in zip(flops, steps_of_jobs, strict=True):
-                steps[step] += job
-            apart = _heavy_ones_apart(steps)
-            place.update((job, apart[step]) for job, step in zip(jobs, steps_of_jobs, strict=True))
+            steps_of_jobs = share_out(flops, steps)
+            place.update(zip(jobs, steps_of_jobs, strict=True))
     return tuple(tuple(place[i, axis] for axis in layout.axes) for i, layout in enumerate(layouts))
-
-
-def _heavy_ones_apart(loads: Sequence[int]) -> list[int]:
-    """New places for steps, the half with the most work at every second one.
-
-    Example:
-        >>> _heavy_ones_apart([9, 8, 1, 2])
-        [0, 2, 1, 3]
-    """
-    by_load = sorted(range(len(loads)), key=lambda step: (-loads[step], step))
-    half = (len(loads) + 1) // 2
-    places = [0] * len(loads)
-    for number, step in enumerate(by_load[:half]):
-        places[step] = 2 * number
-    for number, step in enumerate(reversed(by_load[half:])):
-        places[step] = 2 * number + 1
-    return places

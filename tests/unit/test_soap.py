@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from emerging_optimizers.adam import adam_direction, raise_to_floor
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.schedules import LinearFrequency
-from emerging_optimizers.soap import SOAP, algorithm
+from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap import state as state_module
 
 MODES = {
@@ -46,7 +46,7 @@ MODES = {
     "packed, bfloat16": {"pack_factors": True, "state_dtype": torch.bfloat16, "precondition_frequency": 3},
 }
 
-COUNTERS = ("step", "refresh_step", "unrotated", "skipped_steps", "failed_refreshes")
+COUNTERS = ("step", "refresh_step", "skipped_steps", "failed_refreshes")
 
 
 class Everything(nn.Module):
@@ -294,11 +294,9 @@ def test_at_frequency_one_the_first_moment_is_adams_own_until_the_frequency_is_a
             optimizer.param_groups[0]["precondition_frequency"] = 5
         optimizer.step()
         state = optimizer.state[weight]
-        assert int(state["unrotated"]) == (0 < seed < 6)  # with the first basis it moves, whatever the frequency
-        outside = state["exp_avg"].float()
-        if not state["unrotated"]:
-            outside = state["Q_0"].float() @ outside @ state["Q_1"].float().T
-        torch.testing.assert_close(outside, average, rtol=0, atol=5e-7 if kept is None else 8e-3)
+        outside = state["Q_0"].float() @ state["exp_avg"].float() @ state["Q_1"].float().T
+        rounding = torch.finfo(kept or torch.float32).eps  # once per step, and of either basis
+        torch.testing.assert_close(outside, average, rtol=0, atol=3 * (seed + 1) * rounding)
 
 
 def test_a_parameter_without_gradient_keeps_its_own_clock() -> None:
@@ -594,43 +592,3 @@ def test_entries_of_a_group_that_are_somebody_elses_are_left_alone(caplog: pytes
     SOAP(optimizer.param_groups, lr=0.1)  # with what the scheduler and the optimizer have added
     assert not caplog.text
     assert optimizer.param_groups[0]["lr_scale"] == 2.0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("lr", [0.0017, torch.tensor(0.0017)], ids=["number", "tensor"])
-@pytest.mark.parametrize(
-    ("decay", "method"), [(0.0, "decoupled"), (0.3, "decoupled"), (0.3, "independent")], ids=["none", "0.3", "alone"]
-)
-def test_a_weight_is_moved_bit_for_bit_the_same_wherever_it_is(
-    decay: float, method: str, lr: float | Tensor, dtype: torch.dtype
-) -> None:
-    """A process may have but a piece of a tensor, and the others the same weights in other pieces."""
-    group = {"lr": lr, "weight_decay": decay, "weight_decay_method": method}
-    generator = torch.Generator().manual_seed(0)
-    weights, directions = torch.randn(2, 1003, generator=generator, dtype=dtype)
-    moved = weights.clone()
-    algorithm._move_([moved], [directions.clone()], group)
-    kept = 1 - decay * (0.0017 if method == "decoupled" else 1.0)
-    torch.testing.assert_close(moved, kept * weights - 0.0017 * directions)
-    for length in (1, 7, 13, 500):
-        pieces = weights.clone()
-        algorithm._move_(list(pieces.split(length)), list(directions.clone().split(length)), group)
-        assert torch.equal(pieces, moved)
-    several = torch.stack([weights, weights], dim=1)
-    algorithm._move_([several[:, 0]], [torch.stack([directions, directions], dim=1)[:, 0]], group)
-    assert torch.equal(several[:, 0], moved)
-    assert torch.equal(several[:, 1], weights), "what lies between has been written to"
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_a_weight_that_is_to_stay_stays_bit_for_bit(decay: float) -> None:
-    group = {"lr": 0.0017, "weight_decay": decay, "weight_decay_method": "decoupled"}
-    weights, directions = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
-    finite = torch.tensor([True, False, True]).view(3, 1, 1)
-    moved, masked, piece = weights.clone(), weights.clone(), weights[1].clone()
-    algorithm._move_([moved], [directions.clone()], group)
-    directions = torch.where(finite, directions, 0.0)
-    algorithm._move_([masked], [directions.clone()], group, finite)
-    assert torch.equal(masked, torch.where(finite, moved, weights))
-    algorithm._move_([piece], [directions[1].clone()], group, torch.tensor(0.0))
-    assert torch.equal(piece, weights[1])

@@ -1,7 +1,6 @@
 """Refreshes spread over the period: balanced, each with its own exact period, and the same after a resume."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -100,15 +99,6 @@ def test_the_work_is_balanced() -> None:
         largest = max(refresh_flops(layout, axis) for layout in gpt for axis in layout.axes)
         assert max(load) - min(load) <= largest
         assert max(load) <= sum(load) / period + largest
-
-
-def test_like_refreshes_that_fit_into_one_step_are_in_one() -> None:
-    gpt = 8 * [Layout(shape, (0, 1)) for shape in [(384, 128), (128, 128), (512, 128), (128, 512)]]
-    offsets = refresh_offsets(tuple(gpt), 10)
-    for layout, axis, steps in [(gpt[2], 1, 1), (gpt[2], 0, 4), (gpt[3], 1, 4)]:  # 512 rows: two are a step's share
-        places = [places[axis] for other, places in zip(gpt, offsets, strict=True) if other == layout]
-        assert len(set(places)) == steps
-        assert [place for place, _ in itertools.groupby(places)] == list(dict.fromkeys(places)), "not neighbours"
 
 
 def test_neighbours_that_are_due_together_are_refreshed_together(monkeypatch: pytest.MonkeyPatch) -> None:
