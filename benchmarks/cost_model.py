@@ -19,12 +19,12 @@ from torch import Tensor
 from benchmarks.parameter_sets import Weight
 from emerging_optimizers.soap.buckets import chunks_of
 from emerging_optimizers.soap.costs import carry_flops, step_flops
-from emerging_optimizers.soap.layout import Layout, layout_for
+from emerging_optimizers.soap.state import Layout, layout_for
 from emerging_optimizers.soap.ownership import place_parameters
 from emerging_optimizers.soap.placement import Place
 from emerging_optimizers.soap.rounds import _batches
 from emerging_optimizers.soap.state import meta_state, working_dtype
-from emerging_optimizers.soap.timing import refresh_offsets
+from emerging_optimizers.soap.due import refresh_offsets
 
 
 class Mesh(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from emerging_optimizers.lab.machine import machine, versions
-from emerging_optimizers.precision import fp32_matmul_precision
+from emerging_optimizers.soap.precision import fp32_matmul_precision
 from emerging_optimizers.soap import kronecker
 
 OUT = Path(__file__).parent / "results" / "gram_product.json"

@@ -86,7 +86,7 @@ def measured_steps(
 
     from benchmarks.step_time import low_rank, state_bytes
     from emerging_optimizers.soap import SOAP
-    from emerging_optimizers.soap.exchange import sent
+    from emerging_optimizers.soap.distributed.collectives import sent
 
     place: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone
     if placement == "fsdp":
@@ -139,9 +139,9 @@ def measured_rates(model: Sequence[Weight], world: int) -> dict[str, float]:
     import torch.distributed as dist
 
     from emerging_optimizers.soap import SOAP
-    from emerging_optimizers.soap.decompositions import orthonormal_columns
-    from emerging_optimizers.soap.exchange import all_to_all, broadcast, spec_of
-    from emerging_optimizers.soap.kronecker import project, project_back, update_factors
+    from emerging_optimizers.soap.linalg import orthonormal_columns
+    from emerging_optimizers.soap.distributed.collectives import all_to_all, broadcast, spec_of
+    from emerging_optimizers.soap.linalg import project, project_back, update_factors
 
     shapes = sorted({weight.shape for weight in model if weight.preconditioned})
     widths = sorted(size for shape in shapes for size in shape)

@@ -26,7 +26,7 @@ from emerging_optimizers.lab.options import Options
 from emerging_optimizers.lab.race import Race
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.soap import SOAP
-from emerging_optimizers.soap.layout import layout_for
+from emerging_optimizers.soap.state import layout_for
 from emerging_optimizers.soap.state import init_state
 
 RESULTS = Path(__file__).parent / "results/state_size.json"

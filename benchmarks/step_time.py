@@ -213,7 +213,7 @@ def matmul_rate(device: str, size: int | None = None, ours: bool = False) -> flo
 
     As torch computes it or, with ``ours``, as SOAP asks for it, which on an AMD CPU is faster.
     """
-    from emerging_optimizers.precision import fp32_matmul_precision
+    from emerging_optimizers.soap.precision import fp32_matmul_precision
 
     size = size or (1024 if device == "cpu" else 4096)
     a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)

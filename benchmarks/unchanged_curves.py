@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 
-from emerging_optimizers import precision
+from emerging_optimizers.soap import precision
 from emerging_optimizers.adam import adam_direction
 from emerging_optimizers.lab.machine import machine, versions
 from emerging_optimizers.lab.optimizers import tuned_rate

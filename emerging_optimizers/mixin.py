@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class WeightDecayMixin:
             )
 
     @staticmethod
-    def regularized_grad(grad: Tensor, weight: Tensor, group: dict[str, Any]) -> Tensor:
+    def regularized_grad(grad: Tensor, weight: Tensor, group: Mapping[str, Any]) -> Tensor:
         """The gradient that the optimizer should use: ``G + weight_decay * W`` for "l2", else ``grad`` itself.
 
         Args:
@@ -86,7 +86,7 @@ class WeightDecayMixin:
         return grad
 
     @staticmethod
-    def decay_weight_(weight: Tensor, group: dict[str, Any], finite: Tensor | None = None) -> None:
+    def decay_weight_(weight: Tensor, group: Mapping[str, Any], finite: Tensor | None = None) -> None:
         """Shrinks ``weight`` in place for "decoupled" and "independent"; does nothing for "l2".
 
         Args:
@@ -94,25 +94,27 @@ class WeightDecayMixin:
             group: The parameter group; its ``lr`` may be a number or a tensor of one element.
             finite: 0-D boolean tensor on the weight's device; where it is false the weight stays as it is.
         """
-        if group["weight_decay_method"] == "l2" or group["weight_decay"] == 0:
-            return
         working = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        rate = _decay_rate(group, working)
-        working.mul_(1 - rate if finite is None else 1 - rate * finite.to(working.dtype))
+        WeightDecayMixin.decay_weights_([working], group, None if finite is None else finite.to(working.dtype).view(1))
         if working is not weight:
             weight.copy_(working)
 
     @staticmethod
-    def decay_weights_(weights: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """:meth:`decay_weight_` for many weights of one dtype, float32 or float64, on one device at once."""
-        if group["weight_decay_method"] != "l2" and group["weight_decay"] != 0:
-            kept = 1 - _decay_rate(group, weights[0])
-            if weights[0].device.type == "cpu" and not isinstance(kept, Tensor):
-                kept = torch.tensor(kept, dtype=weights[0].dtype, device="cpu")  # a number is wrapped anew per weight
-            torch._foreach_mul_(list(weights), kept)
+    def decay_weights_(weights: list[Tensor], group: Mapping[str, Any], moves: Tensor | None = None) -> None:
+        """:meth:`decay_weight_` for B weights of one dtype, float32 or float64, on one device at once.
+
+        Args:
+            weights: ``W``, each changed in place.
+            group: The parameter group.
+            moves: (B,), in the weights' dtype; 1, or 0 where a weight stays as it is. None: all move.
+        """
+        if group["weight_decay_method"] == "l2" or group["weight_decay"] == 0:
+            return
+        rate = _decay_rate(group, weights[0])
+        torch._foreach_mul_(weights, 1 - rate if moves is None else list((1 - rate * moves).unbind()))
 
 
-def _decay_rate(group: dict[str, Any], like: Tensor) -> float | Tensor:
+def _decay_rate(group: Mapping[str, Any], like: Tensor) -> float | Tensor:
     """The fraction that "decoupled" or "independent" decay takes off a weight."""
     lr = scalar_lr(group["lr"], like)
     scale = lr

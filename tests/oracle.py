@@ -21,7 +21,7 @@ What the formulas leave open, and what this oracle (and the package) does:
 * After a refresh ``V`` is raised to what Adam could have beside the carried ``M``.
 * ``stagger_updates``: every axis of a tensor has a place in the period, ``place(tensor, axis, frequency)``, and is due
   when the step minus that place is a multiple of the frequency; the first refresh is of all axes at once.
-* ``state_dtype``: ``M`` and every ``Q`` are rounded to it after a refresh, and ``M`` after a step.
+* ``state_dtype``: ``M`` and every ``Q`` are rounded to it at the end of a step.
 * ``pack_factors`` is about storage only.
 * ``merge_dims`` starts at the last axis and absorbs the left neighbour while the product stays within
   ``max_precond_dim`` and at least two axes remain; otherwise that neighbour starts the next folded axis.
@@ -253,7 +253,6 @@ class OracleSOAP:
         if self.use_nesterov:
             m_hat = self.beta1 * s["M"] / next1 + (1 - self.beta1) * g_rot / now1
         u = m_hat / (torch.sqrt(s["V"] / now2) + self.eps)
-        s["M"] = self._as_kept(s["M"])
 
         # 8. out of the eigenbasis, and the clip
         u = rotated_back(u, s["Q"])
@@ -262,7 +261,8 @@ class OracleSOAP:
             self.events["clipped" if factor < 1 else "not clipped"] += 1
             u = u * factor
 
-        # 9. the step itself
+        # 9. the step itself, and what is kept of it
+        s["M"], s["Q"] = self._as_kept(s["M"]), {axis: self._as_kept(basis) for axis, basis in s["Q"].items()}
         s["t"] = t + 1
         return w - self.lr * u.reshape(w.shape)
 
@@ -354,6 +354,5 @@ class OracleSOAP:
         else:
             s["V"] = v_permuted
         s["V"] = self._at_least_what_adam_could_have(s["V"], s["M"], i - 1)
-        s["M"] = self._as_kept(s["M"])
-        s["Q"] = {axis: self._as_kept(basis) for axis, basis in new.items()}
+        s["Q"] = new
         s["refresh_step"] = i

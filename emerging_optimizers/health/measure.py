@@ -18,12 +18,10 @@ from torch.optim import Optimizer
 
 from emerging_optimizers.health.results import FactorHealth, Health, TensorHealth
 from emerging_optimizers.health.source import Entry, Names, entries, whole
-from emerging_optimizers.precision import fp32_matmul_precision, without_autocast
 from emerging_optimizers.soap.incidents import incidents
-from emerging_optimizers.soap.layout import layout_of
 from emerging_optimizers.soap.options import refresh_frequency
-from emerging_optimizers.soap.packing import packed_size, unpack
-from emerging_optimizers.soap.state import is_elsewhere
+from emerging_optimizers.soap.precision import fp32_matmul_precision, without_autocast
+from emerging_optimizers.soap.state import layout_of, packed_size, unpack
 
 
 @torch.no_grad()
@@ -59,7 +57,7 @@ def examine(
     for entry in entries(source, names, weights):
         if not entry.state:
             waiting.append(entry.name)
-        elif is_elsewhere(dict(entry.state)):
+        elif _is_elsewhere(entry.state):
             elsewhere.append(entry.name)
         else:
             tensors.append(_examine_tensor(entry, exact_spectra))
@@ -177,6 +175,11 @@ def _direction_rms(exp_avg: Tensor, exp_avg_sq: Tensor, step: int, options: Mapp
 
 def _rms(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor)) / sqrt(max(tensor.numel(), 1))
+
+
+def _is_elsewhere(state: Mapping[str, Any]) -> bool:
+    """Whether another process has the rest of this state."""
+    return "skipped_steps" in state and state["skipped_steps"].dim() > 0
 
 
 def _frequency(options: Mapping[str, Any], step: int) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
-from emerging_optimizers.soap.placement import is_dtensor, local_tensor
+from emerging_optimizers.soap.distributed.grid import is_dtensor, local_tensor
 
 #: Options that a parameter group has if it is SOAP's.
 SOAP_OPTIONS = ("shampoo_beta", "precondition_frequency", "max_precond_dim", "merge_dims", "precondition_1d")

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from emerging_optimizers.plan.planning import Plan, Row
-from emerging_optimizers.precision import fp32_matmul_precision
 from emerging_optimizers.soap import SOAP
-from emerging_optimizers.soap.decompositions import orthonormal_columns
+from emerging_optimizers.soap.linalg import orthonormal_columns
+from emerging_optimizers.soap.precision import fp32_matmul_precision
 
 SIZES = (32, 64, 128, 256, 512, 1024)
 #: A stack of this many elements is measured, or one matrix: SOAP batches matrices of one shape.

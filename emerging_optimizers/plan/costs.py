@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from emerging_optimizers.soap.costs import refresh_flops, step_flops
-from emerging_optimizers.soap.layout import Layout, layout_of
-from emerging_optimizers.soap.state import meta_state
+from emerging_optimizers.soap.state import Layout, layout_of, meta_state
 
 #: Both moments 3 each, root, eps, division and bias corrections 4, weight decay 2, the weight 2.
 ADAM_FLOPS_PER_ELEMENT = 14

@@ -16,8 +16,8 @@ from emerging_optimizers.plan.costs import Cost, adamw_cost, layout_under, muon_
 from emerging_optimizers.plan.shapes import Model, model_of
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.costs import mean_flops, share_out
-from emerging_optimizers.soap.layout import Layout
 from emerging_optimizers.soap.options import refresh_frequency, validate_options
+from emerging_optimizers.soap.state import Layout
 
 #: What a process keeps of a matrix that another one owns: its counter ``step``.
 ELSEWHERE_BYTES = 8

@@ -7,20 +7,19 @@ whatever the callable is; :data:`NOT_SAVED` stands in its place.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from emerging_optimizers.soap.options import name_of, validate_options
-from emerging_optimizers.soap.ownership import place_parameters
-from emerging_optimizers.soap.packing import pack
-from emerging_optimizers.soap.placement import Grids, Place, is_dtensor
-from emerging_optimizers.soap.shared_state import held_part, is_whole_here
-from emerging_optimizers.soap.state import HOST_KEYS, STATE_DTYPES, meta_state
+from emerging_optimizers.soap.state import HOST_KEYS, STATE_DTYPES, meta_state, pack
+
+if TYPE_CHECKING:
+    from emerging_optimizers.soap.distributed.driver import SharedParameters
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +60,11 @@ def _plain(value: Any) -> Any:
 
 
 def load_exactly(
-    optimizer: Optimizer, load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any], grids: Grids
-) -> dict[Tensor, Place]:
+    optimizer: Optimizer,
+    load: Callable[[dict[str, Any]], None],
+    state_dict: dict[str, Any],
+    shared: SharedParameters | None,
+) -> None:
     """Runs ``load(state_dict)``, torch's own loading, between a check of everything and a restoration of dtypes.
 
     ``Optimizer.load_state_dict`` casts every floating-point state tensor to its parameter's dtype, which would turn
@@ -73,10 +75,7 @@ def load_exactly(
         optimizer: The optimizer that is loaded.
         load: Its inherited ``load_state_dict``.
         state_dict: As returned by ``state_dict()``.
-        grids: The processes that hold the parameters. Each keeps what it works on of what is loaded.
-
-    Returns:
-        The place of every parameter that several processes hold, by the loaded options.
+        shared: Knows which part of a state this process keeps; None: all.
 
     Raises:
         TypeError: Something in it has the wrong type.
@@ -86,7 +85,6 @@ def load_exactly(
     if not isinstance(given, dict) or not {"state", "param_groups"} <= set(given):
         raise ValueError("state_dict must be a dict with the keys 'state' and 'param_groups'")
     loaded: dict[Tensor, dict[str, Tensor]] = {}
-    places: dict[Tensor, Place] = {}
     frequencies = [group["precondition_frequency"] for group in optimizer.param_groups]
 
     def check(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
@@ -95,10 +93,11 @@ def load_exactly(
             groups = _groups_to_load(optimizer, final["param_groups"])
         except ValueError as error:
             raise _foreign(final, error) from error
-        live = zip(groups, optimizer.param_groups, strict=True)
-        places.update(place_parameters([{**options, "params": g["params"]} for options, g in live], grids, {}))
+        if shared is not None:
+            live = zip(groups, optimizer.param_groups, strict=True)
+            shared.prepare_loading([{**options, "params": g["params"]} for options, g in live])
         try:
-            loaded.update(_states_to_load(optimizer, final, groups, places))
+            loaded.update(_states_to_load(optimizer, final, groups, shared))
         except ValueError as error:
             raise _foreign(final, error) from error
         return {**final, "param_groups": groups}
@@ -109,6 +108,8 @@ def load_exactly(
         for group, frequency in zip(optimizer.param_groups, frequencies, strict=True):
             if callable(frequency):  # the object itself: torch deep-copies groups
                 group["precondition_frequency"] = frequency
+        if shared is not None:
+            shared.finish_loading()
 
     handles = (
         optimizer.register_load_state_dict_pre_hook(check),
@@ -119,7 +120,6 @@ def load_exactly(
     finally:
         for handle in handles:
             handle.remove()
-    return places
 
 
 def _foreign(final: dict[str, Any], error: ValueError) -> ValueError:
@@ -203,7 +203,7 @@ def _groups_to_load(optimizer: Optimizer, saved_groups: list[dict[str, Any]]) ->
 
 
 def _states_to_load(
-    optimizer: Optimizer, final: dict[str, Any], groups: list[dict[str, Any]], places: Mapping[Tensor, Place]
+    optimizer: Optimizer, final: dict[str, Any], groups: list[dict[str, Any]], shared: SharedParameters | None
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Parameter and new state for each state that was saved: copies, with the dtype and device that they must have."""
     saved_ids = chain.from_iterable(group["params"] for group in groups)
@@ -215,8 +215,7 @@ def _states_to_load(
     for saved_id, (parameter, options, knows_packing, name) in zip(saved_ids, members, strict=True):
         saved = final["state"].get(saved_id)
         if saved:
-            place = places.get(parameter)
-            yield parameter, _state_to_load(parameter, options, saved, name, knows_packing, place)
+            yield parameter, _state_to_load(parameter, options, saved, name, knows_packing, shared)
 
 
 def _state_to_load(
@@ -225,7 +224,7 @@ def _state_to_load(
     saved: dict[str, Any],
     name: str,
     knows_packing: bool,
-    place: Place | None,
+    shared: SharedParameters | None,
 ) -> dict[str, Tensor]:
     """The state of one parameter; packed here if it is from before factors could be (``knows_packing`` is false)."""
     wanted = meta_state(parameter, {**options, "pack_factors": options["pack_factors"] and knows_packing})
@@ -262,20 +261,23 @@ def _state_to_load(
                 f"the loaded state {key!r} of {name} must be a dense Tensor of numbers, got {value.layout} "
                 f"{value.dtype} on {value.device}"
             )
-        if is_dtensor(value) and not is_whole_here(value):
-            raise ValueError(
-                f"the loaded state {key!r} of {name} has the share of another process alone: the file was written by "
-                "one process, from a state_dict() of which each has a share. Save with torch.distributed.checkpoint, "
-                "or without process_group"
-            )
+        if hasattr(value, "device_mesh"):  # a DTensor, also where no parameter of this optimizer is shared
+            from emerging_optimizers.soap.distributed.state_dicts import require_whole
+
+            require_whole(value, f"the loaded state {key!r} of {name}")
         if key in COUNTERS:
             number = counts[key] = value.item()
             if not (0 <= number <= LARGEST_COUNT and number % 1 == 0):
                 raise ValueError(f"the loaded state {key!r} of {name} must be an integer >= 0, got {number}")
-        part = held_part(value.detach(), key, parameter, place)
-        state[key] = part.to(device, template.dtype, copy=True, memory_format=torch.contiguous_format)
-    if options["pack_factors"] and not knows_packing and (place is None or place.mine):
-        state |= {key: pack(value.unsqueeze(0))[0] for key, value in state.items() if key.startswith("GG_")}
+        value = value.detach()
+        if shared is not None or hasattr(value, "device_mesh"):
+            from emerging_optimizers.soap.distributed.state_dicts import held_part
+
+            value = held_part(value, key, parameter, None if shared is None else shared.loading.get(parameter))
+        state[key] = value.to(device, template.dtype, copy=True, memory_format=torch.contiguous_format)
+    if options["pack_factors"] and not knows_packing:
+        factors = {key: value for key, value in state.items() if key.startswith("GG_") and value.dim() == 2}
+        state |= {key: pack(value.unsqueeze(0))[0] for key, value in factors.items()}
     if "refresh_step" in counts and counts["refresh_step"] > counts["step"]:
         raise ValueError(
             f"the loaded state 'refresh_step' of {name} must not be after 'step' ({counts['step']:g}), got "

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Sequence
 from math import prod
 
-from emerging_optimizers.soap.layout import Layout
+from emerging_optimizers.soap.state import Layout
 
 
 def step_flops(layout: Layout) -> int:

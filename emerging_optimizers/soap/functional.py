@@ -1,29 +1,24 @@
 """The documented functions on one tensor and its lists of factors and bases.
 
-They are the un-batched face of the kernels in ``kronecker`` and ``refresh``, on a stack of one, with every shape
-checked, and outside of ``torch.autocast``. In a list, an empty tensor stands for an axis without a factor, whose basis
-is the identity. Import them from ``emerging_optimizers.soap.soap``.
+They are the un-batched face of ``step`` and ``refresh``, on a stack of one, with every shape checked, and outside of
+``torch.autocast``. In a list, an empty tensor stands for an axis without a factor, whose basis is the identity. Import
+them from ``emerging_optimizers.soap.soap`` and ``emerging_optimizers.soap.soap_utils``.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from emerging_optimizers.precision import without_autocast
-from emerging_optimizers.soap import kronecker
-from emerging_optimizers.soap.checks import (
-    adaptive_tolerance_of,
-    check_matches,
-    check_number,
-    check_power_iter_steps,
-    check_tensor,
-)
-from emerging_optimizers.soap.refresh import refresh_eigenbasis_and_moments
-from emerging_optimizers.soap.state import working_dtype
+from emerging_optimizers.soap.linalg import project, project_back, rayleigh_quotients, sorted_eigenvectors
+from emerging_optimizers.soap.precision import without_autocast
+from emerging_optimizers.soap.refresh import basis_holds, new_bases, refresh
+from emerging_optimizers.soap.state import Stack, working_dtype
+from emerging_optimizers.soap.step import add_grams, add_whitened_grams
 
 PROJECT = [[0], [0]]
 PROJECT_BACK = [[0], [1]]
@@ -62,15 +57,15 @@ def precondition(
         tensor([[3., 4.],
                 [1., 2.]])
     """
-    check_tensor("grad", grad)
+    _check_tensor("grad", grad)
     directions: object = dims
     if directions is not None and not (isinstance(directions, list) and directions in (PROJECT, PROJECT_BACK)):
         raise ValueError(f"dims must be {PROJECT} (project) or {PROJECT_BACK} (project back), got {dims}")
     if eigenbasis_list is None:
         return grad
-    check_matches("eigenbasis_list", eigenbasis_list, grad.shape, "grad")
+    _check_matches("eigenbasis_list", eigenbasis_list, grad.shape, "grad")
     dtype = working_dtype(grad, *eigenbasis_list)
-    contract = kronecker.project_back if dims == PROJECT_BACK else kronecker.project
+    contract = project_back if dims == PROJECT_BACK else project
     return contract(_stack(grad, dtype), _stack_list(eigenbasis_list, dtype)).squeeze(0)
 
 
@@ -94,7 +89,7 @@ def init_kronecker_factors(grad: Tensor, precondition_1d: bool = False) -> list[
         >>> [tuple(factor.shape) for factor in init_kronecker_factors(torch.zeros(2, 3))]
         [(2, 2), (3, 3)]
     """
-    check_tensor("grad", grad)
+    _check_tensor("grad", grad)
     dtype = working_dtype(grad)
     if grad.dim() == 1 and not precondition_1d:
         return [torch.empty(0, dtype=dtype, device=grad.device)]
@@ -131,14 +126,14 @@ def update_kronecker_factors(
         [tensor([[2.5000]]), tensor([[0.5000, 1.0000],
                 [1.0000, 2.0000]])]
     """
-    check_tensor("grad", grad)
-    check_matches("kronecker_factor_list", kronecker_factor_list, grad.shape, "grad")
-    check_number("shampoo_beta", shampoo_beta, 0, 1, "between 0 and 1")
+    _check_tensor("grad", grad)
+    _check_matches("kronecker_factor_list", kronecker_factor_list, grad.shape, "grad")
+    _check_number("shampoo_beta", shampoo_beta, 0, 1, "between 0 and 1")
     if grad.dim() == 1 and not precondition_1d:
         return
     dtype = working_dtype(grad, *kronecker_factor_list)
     working = _stack_list(kronecker_factor_list, dtype)
-    kronecker.update_factors(working, _stack(grad, dtype), shampoo_beta)
+    add_grams(working, [_stack(grad, dtype)] * grad.dim(), shampoo_beta)
     _write_back(kronecker_factor_list, working)
 
 
@@ -178,18 +173,18 @@ def update_kronecker_factors_kl_shampoo(
         >>> [round(factor[0, 0].item(), 6) for factor in factors]
         [0.125, 0.25]
     """
-    check_tensor("grad", grad)
+    _check_tensor("grad", grad)
     if grad.dim() < 2:
         raise TypeError(f"grad must have at least 2 axes for KL-Shampoo, got shape {tuple(grad.shape)}")
-    check_matches("kronecker_factor_list", kronecker_factor_list, grad.shape, "grad")
-    check_matches("eigenbasis_list", eigenbasis_list, grad.shape, "grad")
-    check_number("shampoo_beta", shampoo_beta, 0, 1, "between 0 and 1")
-    check_number("eps", eps, sys.float_info.min, sys.float_info.max, "finite and greater than 0")
-    check_number("eigval_exp", eigval_exp, -sys.float_info.max, sys.float_info.max, "finite")
+    _check_matches("kronecker_factor_list", kronecker_factor_list, grad.shape, "grad")
+    _check_matches("eigenbasis_list", eigenbasis_list, grad.shape, "grad")
+    _check_number("shampoo_beta", shampoo_beta, 0, 1, "between 0 and 1")
+    _check_number("eps", eps, sys.float_info.min, sys.float_info.max, "finite and greater than 0")
+    _check_number("eigval_exp", eigval_exp, -sys.float_info.max, sys.float_info.max, "finite")
     dtype = working_dtype(grad, *kronecker_factor_list)
     working = _stack_list(kronecker_factor_list, dtype)
     bases = _stack_list(eigenbasis_list, dtype)
-    kronecker.update_factors_kl(working, _stack(grad, dtype), shampoo_beta, bases, eps, eigval_exp)
+    add_whitened_grams(working, bases, _stack(grad, dtype), shampoo_beta, eps, eigval_exp)
     _write_back(kronecker_factor_list, working)
 
 
@@ -214,7 +209,7 @@ def update_eigenbasis_and_momentum(
 
     Source: SOAP, arXiv 2409.11321, algorithms 3 and 4; criterion: arXiv 2506.03595. The treatment of the second
     moment departs from the paper, see the algorithm page. The optimizer also raises the second moment to its floor
-    (``emerging_optimizers.adam.raise_to_floor``), which needs the betas and is not part of this function.
+    (``emerging_optimizers.soap.refresh.raise_to_floor``), which needs the betas and is not part of this function.
 
     Args:
         kronecker_factor_list: One (d_k, d_k) factor per axis, or an empty tensor.
@@ -244,36 +239,191 @@ def update_eigenbasis_and_momentum(
                 [1., 0.]]), tensor([[1.5000, 1.5000],
                 [0.5000, 0.5000]]))
     """
-    check_tensor("exp_avg_sq", exp_avg_sq)
-    check_tensor("momentum", momentum)
+    _check_tensor("exp_avg_sq", exp_avg_sq)
+    _check_tensor("momentum", momentum)
     if momentum.shape != exp_avg_sq.shape:
         raise ValueError(
             f"momentum must have the shape of exp_avg_sq, {tuple(exp_avg_sq.shape)}, got {tuple(momentum.shape)}"
         )
-    check_matches("kronecker_factor_list", kronecker_factor_list, exp_avg_sq.shape, "exp_avg_sq")
+    _check_matches("kronecker_factor_list", kronecker_factor_list, exp_avg_sq.shape, "exp_avg_sq")
     if eigenbasis_list is not None:
-        check_matches("eigenbasis_list", eigenbasis_list, exp_avg_sq.shape, "exp_avg_sq")
-    check_power_iter_steps(power_iter_steps)
-    tolerance = adaptive_tolerance_of(use_adaptive_criteria, adaptive_update_tolerance)
+        _check_matches("eigenbasis_list", eigenbasis_list, exp_avg_sq.shape, "exp_avg_sq")
+    options = _refresh_options(use_eigh, use_adaptive_criteria, adaptive_update_tolerance, power_iter_steps)
     dtype = working_dtype(exp_avg_sq, momentum, *kronecker_factor_list)
-    refreshed = refresh_eigenbasis_and_moments(
-        _stack_list(kronecker_factor_list, dtype),
-        None if eigenbasis_list is None else _stack_list(eigenbasis_list, dtype),
-        _stack(momentum, dtype),
-        _stack(exp_avg_sq, dtype),
-        use_eigh=use_eigh,
-        adaptive_tolerance=tolerance,
-        power_iter_steps=power_iter_steps,
-    )
-    momentum.copy_(refreshed.exp_avg.squeeze(0))
-    exp_avg_sq.copy_(refreshed.exp_avg_sq.squeeze(0))
+    K = _stack_list(kronecker_factor_list, dtype)
+    Q = [
+        None if factor is None else _stack(_basis(factor[0], eigenbasis_list, axis), dtype).clone()
+        for axis, factor in enumerate(K)
+    ]
+    M, V, counter = _stack(momentum, dtype), _stack(exp_avg_sq, dtype), torch.zeros(1, device=momentum.device)
+    stack = Stack(
+        1, eigenbasis_list is not None, M, V, K, Q, refresh_step=counter, failed=counter
+    )  # no floor at step 1
+    if any(factor is not None for factor in K):
+        refresh(stack, [axis for axis, factor in enumerate(K) if factor is not None], options)
+    momentum.copy_(M.squeeze(0))
+    exp_avg_sq.copy_(V.squeeze(0))
     bases = [
-        factor.clone()
-        if basis is None
-        else basis.squeeze(0).contiguous().to(torch.float32 if convert_to_float else factor.dtype)
-        for basis, factor in zip(refreshed.bases, kronecker_factor_list, strict=True)
+        factor.clone() if basis is None else basis.squeeze(0).to(torch.float32 if convert_to_float else factor.dtype)
+        for basis, factor in zip(Q, kronecker_factor_list, strict=True)
     ]
     return bases, momentum, exp_avg_sq
+
+
+@without_autocast()
+@torch.no_grad()
+def get_eigenbasis_eigh(
+    kronecker_factor_list: list[Tensor],
+    convert_to_float: bool = True,
+    eigenbasis_list: list[Tensor] | None = None,
+    use_adaptive_criteria: bool = False,
+    adaptive_update_tolerance: float | None = None,
+    eps: float | None = None,
+) -> list[Tensor]:
+    """Eigenvectors of every factor by eigendecomposition, columns in descending order of eigenvalue.
+
+    Never fails on a matrix that ``torch.linalg.eigh`` rejects: it is retried in float64, then on the CPU, and then
+    the old basis (or the identity) is kept; one warning is logged and ``emerging_optimizers.soap.incidents`` counts.
+
+    Source: the exact decomposition of SOAP, arXiv 2409.11321, algorithm 3; the criterion is that of arXiv 2506.03595.
+
+    Args:
+        kronecker_factor_list: One symmetric (d_k, d_k) factor per axis, or an empty tensor. Only the lower triangle
+            is read.
+        convert_to_float: Return float32. Otherwise bases have their factor's dtype.
+        eigenbasis_list: The present bases, needed for the adaptive criterion and kept where no decomposition succeeds.
+        use_adaptive_criteria: Return the old basis ``Q`` of a factor ``K`` where
+            ``norm(diag(Q^T K Q)) >= (1 - adaptive_update_tolerance) * frobenius(K)``.
+        adaptive_update_tolerance: The tolerance of that criterion, in [0, 1].
+        eps: Shift of the diagonal before decomposition, relative to the factor's largest diagonal entry. Default
+            1e-7 for float32 (and lower) and 1e-15 for float64.
+
+    Returns:
+        One orthonormal (d_k, d_k) basis per axis; for a diagonal factor exactly a permutation of the identity.
+
+    Raises:
+        TypeError: An argument is not a list of floating-point tensors.
+        ValueError: A factor is not square, a list has the wrong length, or the tolerance is missing.
+
+    Example:
+        >>> get_eigenbasis_eigh([torch.diag(torch.tensor([1.0, 3.0, 2.0]))])[0]
+        tensor([[0., 0., 1.],
+                [1., 0., 0.],
+                [0., 1., 0.]])
+    """
+    _check_square("kronecker_factor_list", kronecker_factor_list)
+    options = _refresh_options(True, use_adaptive_criteria, adaptive_update_tolerance)
+    if use_adaptive_criteria and eigenbasis_list is None:
+        raise ValueError("eigenbasis_list must be given when use_adaptive_criteria is set, got None")
+    if eigenbasis_list is not None:
+        _check_pairs("eigenbasis_list", eigenbasis_list, "kronecker_factor_list", kronecker_factor_list)
+    if eps is not None:
+        _check_number("eps", eps, 0, torch.finfo(torch.float32).max, "finite and at least 0")
+    bases = []
+    for axis, factor in enumerate(kronecker_factor_list):
+        basis = factor
+        if factor.numel():
+            dtype = working_dtype(factor)
+            K, Q = _stack(factor, dtype), _stack(_basis(factor, eigenbasis_list, axis), dtype)
+            tolerance = options["adaptive_update_tolerance"]
+            if not use_adaptive_criteria or not bool(basis_holds(K, rayleigh_quotients(K, Q), tolerance)):
+                Q, _ = sorted_eigenvectors(K, Q, eps)
+            basis = Q[0].contiguous()
+        bases.append(basis.to(torch.float32 if convert_to_float else factor.dtype))
+    return bases
+
+
+@without_autocast()
+@torch.no_grad()
+def get_eigenbasis_qr(
+    kronecker_factor_list: list[Tensor],
+    eigenbasis_list: list[Tensor],
+    exp_avg_sq: Tensor,
+    convert_to_float: bool = True,
+    use_adaptive_criteria: bool = False,
+    adaptive_update_tolerance: float | None = None,
+    power_iter_steps: int = 1,
+) -> tuple[list[Tensor], Tensor]:
+    """One round of orthogonal iteration for every factor.
+
+    ``lam = diag(Q^T K Q)``; the columns of ``Q``, and ``exp_avg_sq`` along that axis, are sorted by descending
+    ``lam``; then ``power_iter_steps`` times ``Q <- qr(K Q).Q``.
+
+    Source: SOAP, arXiv 2409.11321, algorithm 4; the criterion is that of arXiv 2506.03595.
+
+    Args:
+        kronecker_factor_list: One symmetric (d_k, d_k) factor per axis, or an empty tensor.
+        eigenbasis_list: The present orthonormal bases, shaped like the factors.
+        exp_avg_sq: Adam's second moment in these bases, (d_1, .., d_N). Not modified.
+        convert_to_float: Return float32 bases. Otherwise bases have their factor's dtype.
+        use_adaptive_criteria: Leave a basis, and ``exp_avg_sq`` along its axis, alone where
+            ``norm(lam) >= (1 - adaptive_update_tolerance) * frobenius(K)``.
+        adaptive_update_tolerance: The tolerance of that criterion, in [0, 1].
+        power_iter_steps: Number of power steps, at least 1.
+
+    Returns:
+        The bases and the re-ordered second moment.
+
+    Raises:
+        TypeError: An argument is not a (list of) floating-point tensor(s), or ``power_iter_steps`` no integer.
+        ValueError: Shapes or lengths disagree, or an option is out of range.
+
+    Example:
+        >>> factor = torch.diag(torch.tensor([1.0, 2.0]))
+        >>> (basis,), exp_avg_sq = get_eigenbasis_qr([factor], [torch.eye(2)], torch.tensor([0.1, 0.2]))
+        >>> basis.abs(), exp_avg_sq
+        (tensor([[0., 1.],
+                [1., 0.]]), tensor([0.2000, 0.1000]))
+    """
+    _check_square("kronecker_factor_list", kronecker_factor_list)
+    _check_pairs("eigenbasis_list", eigenbasis_list, "kronecker_factor_list", kronecker_factor_list)
+    _check_tensor("exp_avg_sq", exp_avg_sq)
+    _check_matches("kronecker_factor_list", kronecker_factor_list, exp_avg_sq.shape, "exp_avg_sq")
+    options = _refresh_options(False, use_adaptive_criteria, adaptive_update_tolerance, power_iter_steps)
+    bases = []
+    for axis, (factor, old) in enumerate(zip(kronecker_factor_list, eigenbasis_list, strict=True)):
+        basis = factor
+        if factor.numel():
+            dtype = working_dtype(factor)
+            Q, order, *_ = new_bases(_stack(factor, dtype), _stack(old, dtype), True, options)
+            basis = Q[0].contiguous()
+            if order is not None:
+                exp_avg_sq = exp_avg_sq.index_select(axis, order[0])
+        bases.append(basis.to(torch.float32 if convert_to_float else factor.dtype))
+    return bases, exp_avg_sq
+
+
+def _refresh_options(
+    use_eigh: bool, use_adaptive_criteria: bool, adaptive_update_tolerance: float | None, power_iter_steps: int = 1
+) -> dict[str, Any]:
+    """The options that a refresh reads, as a parameter group has them; raises where one is missing or impossible."""
+    if use_adaptive_criteria:
+        if adaptive_update_tolerance is None:
+            raise ValueError(
+                "adaptive_update_tolerance must be a number >= 0 when use_adaptive_criteria is set, got None"
+            )
+        _check_number("adaptive_update_tolerance", adaptive_update_tolerance, 0, 1, "between 0 and 1")
+    steps: object = power_iter_steps
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"power_iter_steps must be an integer, got {type(steps).__name__}")
+    if steps < 1:
+        raise ValueError(f"power_iter_steps must be at least 1, got {steps}")
+    return {
+        "use_eigh": use_eigh,
+        "use_adaptive_criteria": use_adaptive_criteria,
+        "adaptive_update_tolerance": adaptive_update_tolerance,
+        "power_iter_steps": steps,
+        "qr_fp32_matmul_prec": "high",
+        "second_moment_refresh": "rank",
+        "betas": (0.0, 0.0),
+    }
+
+
+def _basis(factor: Tensor, eigenbasis_list: Sequence[Tensor] | None, axis: int) -> Tensor:
+    """The basis of an axis, the identity where there is none yet."""
+    if eigenbasis_list is None or eigenbasis_list[axis].numel() == 0:
+        return torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return eigenbasis_list[axis]
 
 
 def _stack(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -291,3 +441,55 @@ def _write_back(targets: Sequence[Tensor], working: Sequence[Tensor | None]) -> 
     for target, result in zip(targets, working, strict=True):
         if result is not None and result.data_ptr() != target.data_ptr():
             target.copy_(result.squeeze(0))
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be dense (torch.strided), got {value.layout}")
+
+
+def _check_square(name: str, matrices: Sequence[Tensor]) -> None:
+    """Raises unless every element is a square matrix or an empty tensor (an axis without a factor)."""
+    if not isinstance(matrices, list | tuple):
+        raise TypeError(f"{name} must be a list of Tensors, got {type(matrices).__name__}")
+    for k, matrix in enumerate(matrices):
+        _check_tensor(f"{name}[{k}]", matrix)
+        if matrix.numel() and (matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]):
+            raise ValueError(f"{name}[{k}] must be a square matrix or empty, got shape {tuple(matrix.shape)}")
+
+
+def _check_matches(name: str, matrices: Sequence[Tensor], shape: Sequence[int], shape_of: str) -> None:
+    """Raises unless ``matrices`` has one square matrix of the right size, or an empty tensor, per axis of ``shape``."""
+    _check_square(name, matrices)
+    if len(matrices) != len(shape):
+        raise ValueError(
+            f"{name} must have one entry per axis of {shape_of}: got {len(matrices)} for shape {tuple(shape)}"
+        )
+    for k, (matrix, size) in enumerate(zip(matrices, shape, strict=True)):
+        if matrix.numel() and tuple(matrix.shape) != (size, size):
+            raise ValueError(
+                f"{name}[{k}] must have shape {(size, size)} for axis {k} of {shape_of}, got {tuple(matrix.shape)}"
+            )
+
+
+def _check_pairs(name: str, matrices: Sequence[Tensor], other_name: str, others: Sequence[Tensor]) -> None:
+    """Raises unless two lists have the same length and shapes."""
+    _check_square(name, matrices)
+    if len(matrices) != len(others):
+        raise ValueError(f"{name} must be as long as {other_name} ({len(others)}), got {len(matrices)}")
+    for k, (matrix, other) in enumerate(zip(matrices, others, strict=True)):
+        if matrix.shape != other.shape:
+            raise ValueError(
+                f"{name}[{k}] must have the shape of {other_name}[{k}], {tuple(other.shape)}, got {tuple(matrix.shape)}"
+            )
+
+
+def _check_number(name: str, value: object, low: float, high: float, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be {wanted}, got {value}")

@@ -1,4 +1,7 @@
-"""Validation of a parameter group's options: one rule per option, wording as in ``torch.optim``."""
+"""The options of a parameter group: one table of rules, wording as in ``torch.optim``.
+
+Defaults stand in the constructor's signature, meanings in its docstring; ``docs/options.md`` is made of the three.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +10,95 @@ import operator
 import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from emerging_optimizers.mixin import WeightDecayMixin
-from emerging_optimizers.precision import MATMUL_PRECISIONS
-from emerging_optimizers.soap.refresh import SECOND_MOMENT_REFRESHES
+from emerging_optimizers.mixin import WEIGHT_DECAY_METHODS
+from emerging_optimizers.soap.precision import MATMUL_PRECISIONS
 from emerging_optimizers.soap.state import STATE_DTYPES
 
 logger = logging.getLogger(__name__)
-
-NONFINITE_POLICIES = ("skip", "raise", "propagate")
 
 #: The arithmetic is float32, where a larger one overflows.
 LARGEST_EPS = torch.finfo(torch.float32).max
 #: No float holds a larger integer.
 LARGEST = sys.float_info.max
 
-_FLAGS = (
-    "use_nesterov",
-    "precondition_1d",
-    "correct_bias",
-    "use_eigh",
-    "use_adaptive_criteria",
-    "use_kl_shampoo",
-    "maximize",
-    "merge_dims",
-    "stagger_updates",
-    "pack_factors",
-)
-_CHOICES = {
-    "fp32_matmul_prec": tuple(MATMUL_PRECISIONS),
-    "qr_fp32_matmul_prec": tuple(MATMUL_PRECISIONS),
-    "second_moment_refresh": SECOND_MOMENT_REFRESHES,
-    "nonfinite": NONFINITE_POLICIES,
+#: A plain 1-D parameter with more elements than this is taken for several that an engine has laid end to end.
+LONGEST_VECTOR = 2**20
+
+
+class Rule(NamedTuple):
+    """What an option may be.
+
+    Attributes:
+        wanted: In words.
+        types: Of which type; a bool is no number.
+        accepts: Whether a value of that type is possible.
+        label: What an error calls it; None: its name.
+    """
+
+    wanted: str
+    types: Any
+    accepts: Callable[[Any], bool] = lambda value: True
+    label: str | None = None
+
+    def check(self, name: str, value: object) -> None:
+        """Raises a TypeError or ValueError that says what was got and what was wanted."""
+        if not isinstance(value, self.types) or (isinstance(value, bool) and self.types is not bool):
+            raise TypeError(f"Invalid {self.label or name}: {value!r} (wanted {self.wanted})")
+        if not self.accepts(value):
+            raise ValueError(f"Invalid {self.label or name}: {value} (wanted {self.wanted})")
+
+
+def _number(wanted: str, accepts: Callable[[float], bool], label: str | None = None) -> Rule:
+    return Rule(f"a number {wanted}", int | float, accepts, label)
+
+
+def _integer(low: int) -> Rule:
+    return Rule(f"an integer >= {low}", int, lambda value: value >= low)
+
+
+_FLAG = Rule("True or False", bool)
+_PRECISION = tuple(MATMUL_PRECISIONS)
+_BETA = _number("in [0, 1)", lambda beta: 0.0 <= beta < 1.0)
+
+#: The rule of every option, in the order of the constructor's signature; a tuple is of the texts that it may be.
+OPTIONS: dict[str, Rule | tuple[str, ...]] = {
+    "lr": Rule("a number >= 0 or a 1-element Tensor", int | float, lambda lr: 0.0 <= lr <= LARGEST, "learning rate"),
+    "betas": Rule("a pair of numbers in [0, 1)", object, lambda b: isinstance(b, tuple | list) and len(b) == 2),
+    "shampoo_beta": _number("below 1; negative: betas[1]", lambda beta: beta < 1.0),
+    "eps": _number("finite, at least 0", lambda eps: 0.0 <= eps <= LARGEST_EPS, "epsilon value"),
+    "weight_decay": _number("finite, at least 0", lambda decay: 0.0 <= decay <= LARGEST, "weight_decay value"),
+    "weight_decay_method": WEIGHT_DECAY_METHODS,
+    "use_nesterov": _FLAG,
+    "precondition_frequency": Rule("an integer >= 1 or a callable step -> integer", int, lambda value: value >= 1),
+    "adam_warmup_steps": _integer(0),
+    "precondition_1d": _FLAG,
+    "correct_bias": _FLAG,
+    "fp32_matmul_prec": _PRECISION,
+    "use_eigh": _FLAG,
+    "qr_fp32_matmul_prec": _PRECISION,
+    "use_adaptive_criteria": _FLAG,
+    "adaptive_update_tolerance": _number("in [0, 1]", lambda tolerance: 0.0 <= tolerance <= 1.0),
+    "power_iter_steps": _integer(1),
+    "max_update_rms": _number("finite, 0: no clipping", lambda rms: 0.0 <= rms <= LARGEST),
+    "use_kl_shampoo": _FLAG,
+    "correct_shampoo_beta_bias": Rule("True, False or None", bool),
+    "maximize": _FLAG,
+    "max_precond_dim": _integer(0),
+    "merge_dims": _FLAG,
+    "second_moment_refresh": ("rank", "kronecker"),
+    "nonfinite": ("skip", "raise", "propagate"),
+    "stagger_updates": _FLAG,
+    "pack_factors": _FLAG,
+    "state_dtype": Rule(f"None or one of {STATE_DTYPES}", torch.dtype, lambda dtype: dtype in STATE_DTYPES),
 }
+
+#: Options that are off where they are None.
+_MAY_BE_NONE = ("correct_shampoo_beta_bias", "state_dtype")
 
 
 def check_params(params: object) -> None:
@@ -58,8 +113,8 @@ def check_params(params: object) -> None:
         raise TypeError(f"params is a {name}: give its param_groups()")
 
 
-def validate_options(options: dict[str, Any]) -> None:
-    """Checks every option of one parameter group, in the order of the constructor's signature.
+def validate_options(options: Mapping[str, Any]) -> None:
+    """Checks every option of one parameter group.
 
     Args:
         options: A complete group; keys that are not SOAP's are not looked at.
@@ -68,47 +123,32 @@ def validate_options(options: dict[str, Any]) -> None:
         TypeError: An option has the wrong type.
         ValueError: An option has an impossible value.
     """
-    _validate_lr(options["lr"])
-    betas = options["betas"]
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ValueError(f"Invalid betas: {betas!r} (wanted a pair of numbers in [0, 1))")
-    for index, beta in enumerate(betas):
-        _require_number(f"beta parameter at index {index}", beta, lambda b: 0.0 <= b < 1.0, "in [0, 1)")
-    _require_number("shampoo_beta", options["shampoo_beta"], lambda b: b < 1.0, "below 1; negative: betas[1]")
-    _require_number("epsilon value", options["eps"], lambda e: 0.0 <= e <= LARGEST_EPS, "finite, at least 0")
-    if options["eps"] == 0 and options["use_kl_shampoo"] is True:
+    for name, rule in OPTIONS.items():
+        value = options[name]
+        if name == "lr" and isinstance(value, Tensor):
+            value = _number_in(value)
+        if (value is None and name in _MAY_BE_NONE) or (name == "precondition_frequency" and callable(value)):
+            continue
+        if isinstance(rule, Rule):
+            rule.check(name, value)
+        elif not isinstance(value, str) or value not in rule:
+            raise ValueError(f"Invalid {name}: {value!r} (wanted one of {rule})")
+        if name == "betas":
+            for index, beta in enumerate(value):
+                _BETA.check(f"beta parameter at index {index}", beta)
+    if options["eps"] == 0 and options["use_kl_shampoo"]:
         raise ValueError("Invalid epsilon value: 0 (KL factors divide by it: wanted a number > 0 with use_kl_shampoo)")
-    WeightDecayMixin.validate_weight_decay(options["weight_decay"], options["weight_decay_method"])
-    frequency = options["precondition_frequency"]
-    if not callable(frequency):
-        _require_integer("precondition_frequency", frequency, 1, "or a callable step -> integer")
-    _require_integer("adam_warmup_steps", options["adam_warmup_steps"], 0)
-    _require_number(
-        "adaptive_update_tolerance",
-        options["adaptive_update_tolerance"],
-        lambda tolerance: 0.0 <= tolerance <= 1.0,
-        "in [0, 1]",
-    )
-    _require_integer("power_iter_steps", options["power_iter_steps"], 1)
-    _require_number(
-        "max_update_rms", options["max_update_rms"], lambda rms: 0.0 <= rms <= LARGEST, "finite, 0: no clipping"
-    )
-    if options["correct_shampoo_beta_bias"] is not None:
-        _require_flag("correct_shampoo_beta_bias", options["correct_shampoo_beta_bias"], "True, False or None")
-    _require_integer("max_precond_dim", options["max_precond_dim"], 0)
     if "stagger_processes" in options:
-        _require_integer("stagger_processes", options["stagger_processes"], 1)
-    for name in _FLAGS:
-        _require_flag(name, options[name], "True or False")
-    for name, choices in _CHOICES.items():
-        if not isinstance(options[name], str) or options[name] not in choices:
-            raise ValueError(f"Invalid {name}: {options[name]!r} (wanted one of {choices})")
-    state_dtype = options["state_dtype"]
-    if state_dtype is not None:
-        if not isinstance(state_dtype, torch.dtype):
-            raise TypeError(f"Invalid state_dtype: {state_dtype!r} (wanted None or one of {STATE_DTYPES})")
-        if state_dtype not in STATE_DTYPES:
-            raise ValueError(f"Invalid state_dtype: {state_dtype} (wanted None or one of {STATE_DTYPES})")
+        _integer(1).check("stagger_processes", options["stagger_processes"])
+
+
+def _number_in(lr: Tensor) -> object:
+    """The learning rate in a tensor of one element; 0 where looking at it would wait for its device."""
+    if lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if lr.layout != torch.strided or lr.is_complex() or lr.dtype == torch.bool:
+        raise TypeError(f"Invalid learning rate: {lr} (wanted a number or a 1-element real dense Tensor)")
+    return lr.item() if lr.device.type == "cpu" else 0.0
 
 
 def refresh_frequency(frequency: int | Callable[[int], int], step: int) -> int:
@@ -121,43 +161,8 @@ def refresh_frequency(frequency: int | Callable[[int], int], step: int) -> int:
     value = frequency(step) if callable(frequency) else frequency
     if hasattr(value, "__index__") and not isinstance(value, bool):
         value = operator.index(value)  # an integer of NumPy's, say
-    _require_integer(f"precondition_frequency at step {step}", value, 1)
+    _integer(1).check(f"precondition_frequency at step {step}", value)
     return value
-
-
-def _validate_lr(lr: object) -> None:
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if lr.layout != torch.strided or lr.is_complex() or lr.dtype == torch.bool:
-            raise TypeError(f"Invalid learning rate: {lr} (wanted a number or a 1-element real dense Tensor)")
-        if lr.device.type != "cpu":
-            return  # looking at it would wait for the device
-        lr = lr.item()
-    elif isinstance(lr, bool) or not isinstance(lr, int | float):
-        raise TypeError(f"Invalid learning rate: {lr!r} (wanted a number or a 1-element Tensor)")
-    if not 0.0 <= lr <= LARGEST:
-        raise ValueError(f"Invalid learning rate: {lr}")
-
-
-def _require_number(name: str, value: object, accepts: Callable[[float], bool], wanted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"Invalid {name}: {value!r} (wanted a number {wanted})")
-    if not accepts(value):
-        raise ValueError(f"Invalid {name}: {value} (wanted a number {wanted})")
-
-
-def _require_integer(name: str, value: object, low: int, also: str = "") -> None:
-    wanted = f"an integer >= {low} {also}".rstrip()
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"Invalid {name}: {value!r} (wanted {wanted})")
-    if value < low:
-        raise ValueError(f"Invalid {name}: {value} (wanted {wanted})")
-
-
-def _require_flag(name: str, value: object, wanted: str) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"Invalid {name}: {value!r} (wanted {wanted})")
 
 
 def warn_of_misspelt_options(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -176,7 +181,21 @@ def warn_of_misspelt_options(group: Mapping[str, Any], options: Mapping[str, Any
             )
 
 
-def name_of(group: dict[str, Any], index: int) -> str:
+def warn_of_flat_parameters(group: Mapping[str, Any]) -> None:
+    """Logs a warning for each parameter in which an engine has laid matrices end to end, so that they are gone."""
+    for index, parameter in enumerate(group["params"]):
+        by_fsdp1 = type(parameter).__name__ == "FlatParameter" or getattr(parameter, "_fsdp_flattened", False)
+        if by_fsdp1 or (parameter.dim() == 1 and parameter.numel() > LONGEST_VECTOR):
+            logger.warning(
+                "%s is a vector of %d elements%s: its matrices are gone, and it gets plain AdamW. Give SOAP the "
+                "matrices: shard with FSDP2 (torch.distributed.fsdp.fully_shard), or pass the unflattened parameters.",
+                name_of(group, index),
+                parameter.numel(),
+                " that FSDP1 made" if by_fsdp1 else "",
+            )
+
+
+def name_of(group: Mapping[str, Any], index: int) -> str:
     """What to call a group's parameter in an error: its name where the group has names, else its place and shape."""
     if "param_names" in group:
         return f"parameter {group['param_names'][index]!r}"

@@ -1,155 +1,194 @@
-"""A basis refresh as a whole: new eigenbases, and Adam's moments carried into them. On stacks (see ``kronecker``)."""
+"""The refresh of a stack's eigenbases, and the moments carried into them (conventions: ``linalg``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from math import expm1, log
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from emerging_optimizers.soap.eigenbasis import refresh_bases
-from emerging_optimizers.soap.kronecker import project, project_back, rayleigh_quotients
-
-SECOND_MOMENT_REFRESHES = ("rank", "kronecker")
-
-
-class Refreshed(NamedTuple):
-    """What a refresh returns, as new tensors.
-
-    Attributes:
-        bases: ``Q_k`` per axis, (B, d_k, d_k), None where it has no factor.
-        exp_avg: ``M``, (B, d_1, .., d_N).
-        exp_avg_sq: ``V``, likewise.
-        failed: (B,), whether a decomposition failed for good on any axis, where the last good basis was kept.
-    """
-
-    bases: list[Tensor | None]
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    failed: Tensor
+from emerging_optimizers.soap.linalg import (
+    along,
+    largest_diagonal,
+    orthonormal_columns,
+    project,
+    project_back,
+    rayleigh_quotients,
+    sorted_eigenvectors,
+    where_stacked,
+)
+from emerging_optimizers.soap.precision import fp32_matmul_precision
+from emerging_optimizers.soap.state import Stack
 
 
-def refresh_eigenbasis_and_moments(
-    factors: Sequence[Tensor | None],
-    bases: Sequence[Tensor | None] | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    axes: Sequence[int] | None = None,
-    use_eigh: bool = False,
-    adaptive_tolerance: float | None = None,
-    power_iter_steps: int = 1,
-    second_moment_refresh: str = "rank",
-    matmul_precision: str = "high",
-) -> Refreshed:
-    """Refreshes the bases of a stack of tensors and moves the moments with them.
+def refresh(s: Stack, axes: Sequence[int], o: Mapping[str, Any], finite: Tensor | None = None) -> None:
+    """New eigenbases along ``axes``, and the moments carried into them.
 
-    The first moment is a vector and is carried exactly: out with the old bases, in with the new ones. The second
-    moment has no exact image. By rank, slot i belongs to the i-th largest eigendirection before and after. At the
-    switch from Adam warm-up there is no rank, and :func:`kronecker_second_moment` replaces it. Rotating the second
-    moment by the elementwise square of the rotation looks natural and trains worse than either.
+    ``M`` is a vector and is carried exactly: out with the old bases, in with the new ones. ``V`` has no exact image. By
+    rank, slot i belongs to the i-th largest eigendirection before and after. At the switch from Adam warm-up there is
+    no rank, and the Kronecker estimate replaces it. Rotating ``V`` by the elementwise square of the rotation looks
+    natural and trains worse than either.
 
     Args:
-        factors: ``K_k`` per axis, (B, d_k, d_k) or None.
-        bases: ``Q_k`` per axis; None for the first refresh, where the moments are in the original space.
-        exp_avg: ``M``, (B, d_1, .., d_N), in the present bases.
-        exp_avg_sq: ``V``, likewise.
-        axes: The axes whose basis is refreshed; None: all that have a factor.
-        use_eigh: Decompose instead of iterating.
-        adaptive_tolerance: Leave a factor's basis alone where it holds at this tolerance; None: never.
-        power_iter_steps: Power steps of the orthogonal iteration.
-        second_moment_refresh: "rank" or "kronecker".
-        matmul_precision: Precision of the later power steps; see ``eigenbasis.orthogonal_iteration``.
-
-    Returns:
-        The new bases and moments.
+        s: The stack, changed in place where ``finite`` is true.
+        axes: Which bases. The first time they are those of all axes that have a factor.
+        o: The options of the parameter group.
+        finite: (B,); None: all.
     """
-    new_bases: list[Tensor | None] = []
-    any_refreshed = torch.zeros(exp_avg.shape[0], dtype=torch.bool, device=exp_avg.device)
-    any_failed = torch.zeros_like(any_refreshed)
-    if all(factor is None for factor in factors):
-        return Refreshed([None for _ in factors], exp_avg, exp_avg_sq, any_failed)
-    permuted = exp_avg_sq
-    turned = [factor is not None and (axes is None or axis in axes) for axis, factor in enumerate(factors)]
-    for axis, factor in enumerate(factors):
-        if factor is None or not turned[axis]:
-            new_bases.append(None if bases is None else bases[axis])
-            continue
-        axis_result = refresh_bases(
-            factor,
-            None if bases is None else bases[axis],
-            use_eigh=use_eigh,
-            adaptive_tolerance=adaptive_tolerance,
-            power_iter_steps=power_iter_steps,
-            matmul_precision=matmul_precision,
-        )
-        new_bases.append(axis_result.bases)
-        if axis_result.order is not None:
-            permuted = _in_order(permuted, axis, axis_result.order)
-        any_refreshed |= axis_result.refreshed
-        any_failed |= axis_result.failed
-
+    old: list[Tensor | None] = [None] * len(s.Q)
+    new, V = list(old), s.V
+    refreshed = torch.zeros(len(s.M), dtype=torch.bool, device=s.M.device)
+    failed = torch.zeros_like(refreshed)
+    for axis in axes:
+        K, Q = s.K[axis], s.Q[axis]
+        assert K is not None
+        assert Q is not None
+        old[axis] = Q if s.based else None
+        new[axis], order, turned, kept = new_bases(K, Q, s.based, o)
+        if order is not None:
+            V = torch.take_along_dim(V, along(order, V, axis), 1 + axis)
+        refreshed |= turned
+        failed |= kept
     # Only along the axes that were refreshed: the other bases would take it out and in again.
-    carried = exp_avg if bases is None else project_back(exp_avg, _where(turned, bases))
-    carried = project(carried, _where(turned, new_bases))
-    new_exp_avg = carried
-    if adaptive_tolerance is not None:
-        new_exp_avg = torch.where(along_stack(any_refreshed, exp_avg), carried, exp_avg)
-    if bases is None or second_moment_refresh == "kronecker":
-        estimate = kronecker_second_moment(exp_avg_sq, factors, new_bases)
-        permuted = torch.where(along_stack(any_refreshed, exp_avg), estimate, permuted)
-    return Refreshed(new_bases, new_exp_avg, permuted, any_failed)
+    M = where_stacked(refreshed, project(project_back(s.M, old), new), s.M)
+    bases = [Q if basis is None else basis for Q, basis in zip(s.Q, new, strict=True)]
+    if not s.based or o["second_moment_refresh"] == "kronecker":
+        V = where_stacked(refreshed, kronecker_estimate(s.V, s.K, bases), V)
+    V = raise_to_floor(V, M, s.step - 1, o["betas"])
+    for kept_tensor, tensor in zip((s.M, s.V, *s.Q), (M, V, *bases), strict=True):
+        if kept_tensor is not None and tensor is not None and tensor is not kept_tensor:
+            kept_tensor.copy_(where_stacked(finite, tensor, kept_tensor))
+    s.failed += failed if finite is None else failed & finite
 
 
-def kronecker_second_moment(
-    exp_avg_sq: Tensor, factors: Sequence[Tensor | None], bases: Sequence[Tensor | None]
-) -> Tensor:
-    """The Kronecker estimate of the second moment, with the total of the present one.
+def first_bases(s: Stack, o: Mapping[str, Any], finite: Tensor | None = None) -> None:
+    """The first eigenbases, of those tensors that have had a gradient other than zero.
 
-    ``V_ij <- sum(V) lam_i mu_j / sum(lam_i mu_j)``, where ``lam`` and ``mu`` are the factors' Rayleigh quotients in
-    ``bases``, clamped at 0. An axis without a factor contributes the present marginal of ``V`` along it.
+    A zero factor has no eigenbasis: layers behind a zero-initialised one, and tensors whose first gradient was skipped,
+    wait. A tensor's factors are zero together.
+    """
+    axes = [axis for axis, factor in enumerate(s.K) if factor is not None]
+    factors = s.K[axes[0]]
+    assert factors is not None
+    alive = factors.flatten(1).any(1)
+    if finite is not None:
+        alive &= finite
+    on_host = alive.cpu()  # eigh waits for the device anyway
+    if bool(on_host.any()):
+        refresh(s, axes, o, None if bool(on_host.all()) else alive)
+        s.refresh_step[on_host] = s.step
+        s.based = True
+
+
+def new_bases(K: Tensor, Q: Tensor, based: bool, o: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """New bases along one axis.
+
+    By ``eigh`` the first time and with ``use_eigh``; otherwise the columns are sorted by Rayleigh quotient, and then
+    ``Q <- qr(K Q).Q`` (SOAP, arXiv 2409.11321, algorithm 4).
 
     Args:
-        exp_avg_sq: ``V``, (B, d_1, .., d_N).
-        factors: ``K_k`` per axis or None.
-        bases: ``Q_k`` per axis or None, already refreshed.
+        K: The factors, (B, d, d).
+        Q: The present bases, (B, d, d).
+        based: Whether these are eigenbases; if not, new ones are made by ``eigh``.
+        o: The options.
 
     Returns:
-        The estimate, like ``exp_avg_sq``; ``exp_avg_sq`` itself where an axis has nothing to say (all zero).
+        The bases, (B, d, d); the order (B, d) in which ``V`` must be taken along this axis, None where it stays as it
+        is (``eigh``: old and new bases are sorted); (B,), whether the basis is new, which it is not where the adaptive
+        criterion left it alone; and (B,), whether a decomposition failed for good and the last good basis stayed.
     """
-    axes = range(1, exp_avg_sq.dim())
-    total = exp_avg_sq.sum(tuple(axes), keepdim=True)
-    estimate = total
-    for axis, (factor, basis) in enumerate(zip(factors, bases, strict=True)):
+    if not based or (o["use_eigh"] and not o["use_adaptive_criteria"]):
+        bases, failed = sorted_eigenvectors(K, Q)
+        return bases, None, torch.ones_like(failed), failed
+    # One product serves the eigenvalues, the criterion and the power step. Full float32: in TensorFloat-32 the small
+    # eigenvalues drown in the rounding of the large ones.
+    with fp32_matmul_precision("highest"):
+        KQ = K @ Q
+        quotients = (Q * KQ).sum(-2)
+    holds = None
+    if o["use_adaptive_criteria"]:
+        holds = basis_holds(K, quotients, o["adaptive_update_tolerance"])
+        if bool(holds.all()):
+            return Q, None, ~holds, ~holds
+    order = None
+    if o["use_eigh"]:
+        bases, failed = sorted_eigenvectors(K, Q)
+    else:
+        order = quotients.argsort(dim=-1, descending=True, stable=True)
+        columns = order.unsqueeze(-2)
+        # Where this fails the old basis stays, in that order, to which V is permuted all the same.
+        bases, failed = orthonormal_columns(torch.take_along_dim(KQ, columns, -1), torch.take_along_dim(Q, columns, -1))
+        for _ in range(o["power_iter_steps"] - 1):
+            with fp32_matmul_precision(o["qr_fp32_matmul_prec"]):
+                KQ = K @ bases
+            bases, failed_again = orthonormal_columns(KQ, bases)
+            failed = failed | failed_again
+    if holds is None:
+        return bases, order, torch.ones_like(failed), failed
+    if order is not None:
+        order = where_stacked(holds, torch.arange(K.shape[-1], device=K.device).expand_as(order), order)
+    return where_stacked(holds, Q, bases), order, ~holds, failed & ~holds
+
+
+def basis_holds(K: Tensor, quotients: Tensor, tolerance: float) -> Tensor:
+    """Whether ``norm(diag(Q^T K Q)) >= (1 - tolerance) * frobenius(K)``, per matrix, (B,) (arXiv 2506.03595).
+
+    The left side is the part of ``K`` that is diagonal in the basis; equality means that ``Q`` diagonalises ``K``.
+    """
+    # Without the scale, squares of small or large entries leave float32, and 0 >= 0 would hold for ever.
+    scale = largest_diagonal(K)
+    diagonal_part: Tensor = torch.linalg.vector_norm(quotients / scale.squeeze(-1), dim=-1)
+    holds: Tensor = diagonal_part >= (1 - tolerance) * torch.linalg.matrix_norm(K / scale)
+    return holds
+
+
+def kronecker_estimate(V: Tensor, K: Sequence[Tensor | None], Q: Sequence[Tensor | None]) -> Tensor:
+    """``V_ij <- sum(V) lam_i mu_j / sum(lam_i mu_j)`` with the factors' Rayleigh quotients in ``Q``, clamped at 0.
+
+    An axis without a factor contributes the marginal of ``V`` along it. ``V`` itself stays where an axis has nothing to
+    say (all zero).
+    """
+    axes = range(1, V.dim())
+    estimate = V.sum(tuple(axes), keepdim=True)
+    for axis, (factor, basis) in enumerate(zip(K, Q, strict=True)):
         if factor is not None and basis is not None:
             weights = rayleigh_quotients(factor, basis).clamp_min(0)
         else:
-            others = [a for a in axes if a != 1 + axis]
-            weights = exp_avg_sq.sum(others) if others else exp_avg_sq
-        share = weights / weights.sum(-1, keepdim=True)
-        estimate = estimate * _along(share, axis, exp_avg_sq)
+            weights = V.sum([a for a in axes if a != 1 + axis])
+        estimate = estimate * along(weights / weights.sum(-1, keepdim=True), V, axis)
     # A factor or moment of zeros gives 0 / 0.
-    usable = estimate.isfinite().flatten(1).all(1)
-    return torch.where(along_stack(usable, exp_avg_sq), estimate, exp_avg_sq)
+    return where_stacked(estimate.isfinite().flatten(1).all(1), estimate, V)
 
 
-def _where(chosen: Sequence[bool], bases: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [basis if take else None for take, basis in zip(chosen, bases, strict=True)]
+def raise_to_floor(V: Tensor, M: Tensor, updates: int, betas: tuple[float, float]) -> Tensor:
+    """``max(V, M**2 / c)``: the second moment, raised to the least that Adam could have beside this first moment.
 
+    In one fixed basis ``M_i = sum_j (1-b1) b1**j g_(i-j)`` and ``V_i = sum_j (1-b2) b2**j g_(i-j)**2``, so by
+    Cauchy-Schwarz ``M_i**2 <= c_i V_i`` with ``c_i = (1-b1)**2 / (1-b2) * sum_(j<i) (b1**2 / b2)**j``, and the next
+    step preserves it. A change of basis breaks it: ``M`` is carried exactly and ``V`` only by rank, so that a slot can
+    hold a large ``M`` over a ``V`` that is still zero, and the next step is ``M / eps``. With the published defaults
+    that happens to tensors whose factors have low rank, in their first steps.
 
-def _in_order(stack: Tensor, axis: int, order: Tensor) -> Tensor:
-    """``stack`` (B, d_1, .., d_N) with its slices along ``axis`` in the order (B, d_axis)."""
-    return torch.take_along_dim(stack, _along(order, axis, stack), 1 + axis)
+    Args:
+        V: The second moment.
+        M: The first moment, of the same shape.
+        updates: ``i >= 0``, how many updates they have seen.
+        betas: ``(b1, b2)``.
 
-
-def _along(values: Tensor, axis: int, like: Tensor) -> Tensor:
-    """(B, d_axis) shaped so that it broadcasts against (B, d_1, .., d_N)."""
-    shape = [1] * like.dim()
-    shape[0], shape[1 + axis] = values.shape
-    return values.reshape(shape)
-
-
-def along_stack(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) shaped so that it broadcasts against (B, d_1, .., d_N)."""
-    return values.view(-1, *[1] * (like.dim() - 1))
+    Example:
+        >>> raise_to_floor(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]), 1, (0.9, 0.95))
+        tensor([5., 5.])
+    """
+    beta1, beta2 = betas
+    if updates == 0 or beta2 == 0:
+        return V
+    if beta1**2 / beta2 < 1e-300:  # also where the square underflows
+        terms = 1.0
+    else:
+        log_ratio = log(beta1**2 / beta2)
+        if updates * log_ratio > 700:  # exp overflows: c is so large that there is no floor to speak of
+            return V
+        terms = expm1(updates * log_ratio) / expm1(log_ratio) if log_ratio else float(updates)
+    return torch.maximum(V, M.square() * ((1 - beta2) / ((1 - beta1) ** 2 * terms)))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from operator import is_
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from emerging_optimizers.mixin import WeightDecayMixin
-from emerging_optimizers.soap.agreement import check_gradients_agree, check_parameters, first_unusable_gradient
 from emerging_optimizers.soap.checkpoint import load_exactly, with_plain_options
+from emerging_optimizers.soap.due import STAGGER_PROCESSES, Schedule
 from emerging_optimizers.soap.functional import (
     init_kronecker_factors,
     precondition,
@@ -21,17 +21,23 @@ from emerging_optimizers.soap.functional import (
     update_kronecker_factors,
     update_kronecker_factors_kl_shampoo,
 )
-from emerging_optimizers.soap.layout import layout_for
-from emerging_optimizers.soap.options import check_params, name_of, validate_options, warn_of_misspelt_options
-from emerging_optimizers.soap.ownership import place_parameters
-from emerging_optimizers.soap.placement import Grid, Grids, local_tensor, warn_if_flattened
-from emerging_optimizers.soap.rounds import Plan
-from emerging_optimizers.soap.shared_state import share_states
-from emerging_optimizers.soap.state import fits, is_elsewhere
-from emerging_optimizers.soap.timing import STAGGER_PROCESSES
+from emerging_optimizers.soap.incidents import count_skips
+from emerging_optimizers.soap.options import (
+    OPTIONS,
+    check_params,
+    name_of,
+    validate_options,
+    warn_of_flat_parameters,
+    warn_of_misspelt_options,
+)
+from emerging_optimizers.soap.precision import fp32_matmul_precision, without_autocast
+from emerging_optimizers.soap.stacks import Run, StackedState, first_unusable_gradient, stacks_of
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+    from emerging_optimizers.soap.distributed.driver import SharedParameters
 
 __all__ = [
     "SOAP",
@@ -122,7 +128,7 @@ class SOAP(WeightDecayMixin, Optimizer):
     ``failed_refreshes``, 0-D
     int64, the refreshes in which a decomposition failed for good and the last good basis stayed; and for each
     preconditioned axis k of the working shape ``GG_k`` and ``Q_k``, (d_k, d_k); packed, ``GG_k`` is
-    (d_k (d_k + 1) / 2,), see ``emerging_optimizers.soap.packing``. ``exp_avg`` and ``Q_k`` are in
+    (d_k (d_k + 1) / 2,), see ``emerging_optimizers.soap.state``. ``exp_avg`` and ``Q_k`` are in
     ``state_dtype``, all else but the counters in the working dtype. They are views into stacks that parameters share:
     clone them before saving the state of a single one. What was skipped or failed is logged once per kind and counted
     for the process in ``emerging_optimizers.soap.incidents``. Where another process works on a parameter, all but
@@ -147,12 +153,14 @@ class SOAP(WeightDecayMixin, Optimizer):
 
     #: Whether this instance is inside ``step``, whose hooks have then been run.
     _stepping = False
-    #: The last step's. Nothing but a cache: it is made from the state.
-    _plan: Plan | None = None
+    #: Per group, the last step's stacks. Nothing but a cache: they are made from the state.
+    _stacks: list[list[StackedState]] = []
+    #: The options of all groups that were last found valid.
+    _valid_options: list[Any] = []
+    #: Steps the parameters that several processes hold; None where there are none.
+    _shared: SharedParameters | None = None
     #: Whether the constructor is done, which compares its groups with other processes' all at once.
     _constructed = False
-    #: Which parameters had a gradient when the processes last compared.
-    _grad_patterns: Mapping[Grid, str] = {}
 
     def __init__(
         self,
@@ -186,43 +194,17 @@ class SOAP(WeightDecayMixin, Optimizer):
         stagger_updates: bool = False,
         pack_factors: bool = False,
         state_dtype: torch.dtype | None = None,
-        process_group: dist.ProcessGroup | DeviceMesh | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "shampoo_beta": shampoo_beta,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "weight_decay_method": weight_decay_method,
-            "use_nesterov": use_nesterov,
-            "precondition_frequency": precondition_frequency,
-            "adam_warmup_steps": adam_warmup_steps,
-            "precondition_1d": precondition_1d,
-            "correct_bias": correct_bias,
-            "fp32_matmul_prec": fp32_matmul_prec,
-            "use_eigh": use_eigh,
-            "qr_fp32_matmul_prec": qr_fp32_matmul_prec,
-            "use_adaptive_criteria": use_adaptive_criteria,
-            "adaptive_update_tolerance": adaptive_update_tolerance,
-            "power_iter_steps": power_iter_steps,
-            "max_update_rms": max_update_rms,
-            "use_kl_shampoo": use_kl_shampoo,
-            "correct_shampoo_beta_bias": correct_shampoo_beta_bias,
-            "maximize": maximize,
-            "max_precond_dim": max_precond_dim,
-            "merge_dims": merge_dims,
-            "second_moment_refresh": second_moment_refresh,
-            "nonfinite": nonfinite,
-            "stagger_updates": stagger_updates,
-            "pack_factors": pack_factors,
-            "state_dtype": state_dtype,
-        }
+        given = locals()
+        defaults = {name: given[name] for name in OPTIONS}
         check_params(params)
         validate_options(defaults)
-        self._grids = Grids(process_group)
+        if process_group is not None:
+            self._share(process_group)
         super().__init__(params, defaults)
-        check_parameters(self.param_groups, self._grids)
+        if self._shared is not None:
+            self._shared.check_parameters(self.param_groups)
         self._constructed = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -236,13 +218,20 @@ class SOAP(WeightDecayMixin, Optimizer):
             validate_options({**self.defaults, **param_group})
             warn_of_misspelt_options(param_group, self.defaults)
         super().add_param_group(param_group)
-        for index, parameter in enumerate(self.param_groups[-1]["params"]):
-            warn_if_flattened(parameter, name_of(self.param_groups[-1], index))
-        if self._constructed:
-            check_parameters(self.param_groups, self._grids)
+        group = self.param_groups[-1]
+        warn_of_flat_parameters(group)
+        if self._shared is None and any(hasattr(parameter, "device_mesh") for parameter in group["params"]):
+            self._share(None)
+        if self._constructed and self._shared is not None:
+            self._shared.check_parameters(self.param_groups)
+
+    def _share(self, process_group: object) -> None:
+        from emerging_optimizers.soap.distributed.driver import SharedParameters
+
+        self._shared = SharedParameters(process_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_grids": self._grids}
+        return {**super().__getstate__(), "_shared": self._shared}
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the options, for ``torch.save`` and ``torch.load(weights_only=True)``.
@@ -250,16 +239,10 @@ class SOAP(WeightDecayMixin, Optimizer):
         A ``precondition_frequency`` that is a callable is not part of it. Where several processes hold a parameter,
         the tensors are DTensors, and every process must call this.
         """
-        self._place_parameters()
-        if not (self._grids.places or self._grids.have_dtensors):
+        self._place()
+        if self._shared is None:
             return with_plain_options(super().state_dict())
-
-        def share(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-            shared = share_states(self.param_groups, self.state, self._grids.places)
-            return {**state_dict, "state": {numbers[parameter]: state for parameter, state in shared.items()}}
-
-        handle = self.register_state_dict_post_hook(share, prepend=True)  # before the user's
+        handle = self.register_state_dict_post_hook(self._shared.state_dict_hook, prepend=True)  # before the user's
         try:
             return with_plain_options(super().state_dict())
         finally:
@@ -280,8 +263,8 @@ class SOAP(WeightDecayMixin, Optimizer):
             TypeError: Something in it has the wrong type.
             ValueError: Groups, options, keys or shapes do not fit. Nothing has changed then.
         """
-        self._grids.places = load_exactly(self, super().load_state_dict, state_dict, self._grids)
-        self._plan = None  # or the old state would live on beside the new one until the next step
+        load_exactly(self, super().load_state_dict, state_dict, self._shared)
+        self._stacks = []  # or the old state would live on beside the new one until the next step
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -309,14 +292,26 @@ class SOAP(WeightDecayMixin, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            validate_options(group)  # a scheduler or a user may have changed them
-        self._place_parameters()
-        self._grad_patterns = check_gradients_agree(self.param_groups, self._grids.places, self._grad_patterns)
-        for group in self.param_groups:
-            self._check_gradients(group)
-        plan = self._plan = Plan(self.param_groups, self.state, self._grids.places, self._plan)
-        plan.step(self.param_groups, self.state)
+        self._validate_options()
+        self._place()
+        self._check_gradients()
+        if self._shared is not None:
+            self._shared.step(self.param_groups, self.state)
+            return loss
+        former, self._stacks = self._stacks, []
+        runs: list[Run] = []
+        for number, group in enumerate(self.param_groups):
+            stacks = stacks_of(group, self.state, former[number] if number < len(former) else [])
+            self._stacks.append(stacks)
+            schedule = Schedule(group)
+            for stack in stacks:
+                runs += stack.runs([member.parameter.grad for member in stack.members], group, schedule)
+        skipped: list[Tensor] = []
+        for run in runs:
+            with fp32_matmul_precision(run.group["fp32_matmul_prec"]), without_autocast(run.stacked.kind.device.type):
+                grads = [grad for member in run.members if (grad := member.parameter.grad) is not None]
+                run.move(*run.update(grads, skipped))
+        count_skips(skipped)
         return loss
 
     @staticmethod
@@ -341,34 +336,40 @@ class SOAP(WeightDecayMixin, Optimizer):
         disabled: Callable[..., Any] = torch.compiler.disable(once)  # type: ignore[no-untyped-call]
         return disabled
 
-    def _check_gradients(self, group: dict[str, Any]) -> None:
-        """Raises what a step could raise about a parameter, before it changes anything."""
-        for index, parameter in enumerate(group["params"]):
-            state, layout = self.state.get(parameter, {}), layout_for(parameter, group)
-            held = parameter if layout.axes else local_tensor(parameter)
-            if "step" in state and not is_elsewhere(state) and not fits(state, layout, held, group["pack_factors"]):
-                raise RuntimeError(
-                    f"The state of {name_of(group, index)} has another shape or other preconditioned axes than its "
-                    "shape, max_precond_dim, merge_dims, precondition_1d and pack_factors now give; they cannot change "
-                    "after the first step"
-                )
-            grad = parameter.grad
-            if grad is None:
-                continue
-            if grad.layout != torch.strided or grad.is_complex():
-                kind = "complex" if grad.is_complex() else "sparse"
-                raise RuntimeError(f"SOAP does not support {kind} gradients, got one for {name_of(group, index)}")
-        if group["nonfinite"] == "raise":
-            unusable = first_unusable_gradient(group, self._grids.places)
-            if unusable is not None:
-                raise RuntimeError(f"The gradient of {name_of(group, unusable)} has NaN or Inf entries, or overflows")
+    def _validate_options(self) -> None:
+        """Looks at the options of every group in which a scheduler or a user may have changed one."""
+        options = [
+            group[name] for group in self.param_groups for name in (*OPTIONS, STAGGER_PROCESSES) if name in group
+        ]
+        same = len(options) == len(self._valid_options) and all(map(is_, options, self._valid_options))
+        if not same or any(isinstance(option, Tensor | list) for option in options):  # these may change in place
+            for group in self.param_groups:
+                validate_options(group)
+            self._valid_options = options
 
-    def _place_parameters(self) -> None:
-        """Says of every parameter which process works on it. Those that have a place keep it."""
-        parameters = (parameter for group in self.param_groups for parameter in group["params"])
-        if any(p not in self._grids.places and self._grids.of(p) is not None for p in parameters):
-            self._grids.places = place_parameters(self.param_groups, self._grids, self._grids.places)
+    def _check_gradients(self) -> None:
+        """Raises what a step could raise about a gradient, before it changes anything."""
+        for group in self.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                grad = parameter.grad
+                if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
+                    kind = "complex" if grad.is_complex() else "sparse"
+                    raise RuntimeError(f"SOAP does not support {kind} gradients, got one for {name_of(group, index)}")
+        if self._shared is not None:
+            self._shared.check_gradients(self.param_groups)
+        for group in self.param_groups:
+            if group["nonfinite"] == "raise":
+                find = first_unusable_gradient if self._shared is None else self._shared.first_unusable_gradient
+                unusable = find(group)
+                if unusable is not None:
+                    raise RuntimeError(
+                        f"The gradient of {name_of(group, unusable)} has NaN or Inf entries, or overflows"
+                    )
+
+    def _place(self) -> None:
+        """Says which process works on which parameter, and for how many the places of staggered refreshes are made."""
+        if self._shared is not None:
+            self._shared.place(self.param_groups)
         for group in self.param_groups:
             if group["stagger_updates"] is True and STAGGER_PROCESSES not in group:
-                sizes = [self._grids.places[p].grid.size for p in group["params"] if p in self._grids.places]
-                group[STAGGER_PROCESSES] = max(sizes, default=1)
+                group[STAGGER_PROCESSES] = 1 if self._shared is None else self._shared.workers(group)

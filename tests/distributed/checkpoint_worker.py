@@ -403,7 +403,7 @@ def refuse(placement: str, _: Path) -> Outcome:
     for name, spoil in attempts.items():
         state_dict = run.optimizer.state_dict()
         spoil(state_dict)
-        places, states = dict(run.optimizer._grids.places), held(run.optimizer)
+        places, states = dict(run.optimizer._shared._owned), held(run.optimizer)
         options = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
         try:
             run.optimizer.load_state_dict(state_dict)
@@ -415,14 +415,14 @@ def refuse(placement: str, _: Path) -> Outcome:
         same = all(
             a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(states, after, strict=True)
         )
-        if not same or options != now or places != run.optimizer._grids.places:
+        if not same or options != now or places != run.optimizer._shared._owned:
             raised[name] += " (and something has changed)"
     return {"raised": raised, **run.end()}
 
 
 def owners(optimizer: SOAP, model: nn.Module) -> dict[str, int | None]:
     """Which process works on each parameter."""
-    places = optimizer._grids.places
+    places = optimizer._shared._owned
     return {name: places[weight].owner for name, weight in model.named_parameters() if weight in places}
 
 

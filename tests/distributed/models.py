@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from emerging_optimizers.soap import SOAP
-from emerging_optimizers.soap.placement import Grids, pieces
+from emerging_optimizers.soap.distributed.grid import ProcessGrids, shards_of
 from tests.distributed.scenarios import whole
 
 WIDTH = 6
@@ -96,9 +96,9 @@ def wrong_pieces(shards: int, splits: int) -> list[str]:
             parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel()}, src_data_rank=None)
             fully_shard(model, mesh=mesh["data"])
             parameter = model[0].weight
-            grid = Grids(None).of(parameter)
+            grid = ProcessGrids(None).of(parameter)
             assert grid is not None
-            piece = weight[pieces(parameter, grid)[grid.column]]
+            piece = weight[shards_of(parameter, grid)[grid.shard]]
             if not torch.equal(piece, parameter.to_local()):
                 wrong.append(f"{rows} rows, rank {rank}: {piece[:, 0]} for {parameter.to_local()[:, 0]}")
             dist.destroy_process_group()

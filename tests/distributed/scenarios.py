@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from emerging_optimizers.soap import SOAP, exchange
+from emerging_optimizers.soap import SOAP
+from emerging_optimizers.soap.distributed import collectives
 
 Options = dict[str, Any]
 
@@ -192,10 +193,8 @@ def patched(case: Case) -> Iterator[None]:
     """What the case changes in the library."""
     with contextlib.ExitStack() as stack:
         if case.chunk is not None:
-            for module in ("buckets", "rounds", "shared_state"):
-                stack.enter_context(mock.patch(f"emerging_optimizers.soap.{module}.CHUNK_ELEMENTS", case.chunk))
-        if case.masks:
-            stack.enter_context(mock.patch("emerging_optimizers.soap.state.masks_on", return_value=True))
+            for module in ("stacks", "distributed.rounds", "distributed.state_dicts"):
+                stack.enter_context(mock.patch(f"emerging_optimizers.soap.{module}.MOST_ELEMENTS", case.chunk))
         yield
 
 
@@ -288,8 +287,8 @@ def traffic(case: Case) -> dict[str, Any]:
     """Bytes that this process sends in the last step, per kind of collective.
 
     Returns:
-        "library": as ``exchange.sent`` counts; "torch": as counted where torch is called; "calls": the number of these
-        calls; "owned": the elements of the matrices that this process works on.
+        "library": as ``collectives.sent`` counts; "torch": as counted where torch is called; "calls": how many;
+        "owned": the elements of the matrices that this process works on.
     """
     placing = PLACEMENTS[case.placement][1]()
     assert placing is not None
@@ -336,10 +335,10 @@ def traffic(case: Case) -> dict[str, Any]:
         for step in range(case.steps):
             set_gradients(case, parameters, placing, step)
             counts.clear()
-            exchange.sent.clear()
+            collectives.sent.clear()
             calls = 0
             optimizer.step()
     if case.missing:
         counts.pop("all_gather_object", None)  # the processes compare which gradients there are when that changes
     owned = sum(p.numel() for p, state in optimizer.state.items() if state.get("Q_0", torch.empty(0)).numel())
-    return {"library": dict(exchange.sent), "torch": dict(counts), "calls": calls, "owned": owned}
+    return {"library": dict(collectives.sent), "torch": dict(counts), "calls": calls, "owned": owned}

@@ -10,9 +10,9 @@ from torch import nn
 
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.costs import mean_flops, refresh_flops, share_out, step_flops
-from emerging_optimizers.soap.layout import Layout, layout_for
-from emerging_optimizers.soap.ownership import place_parameters
-from emerging_optimizers.soap.timing import refresh_offsets
+from emerging_optimizers.soap.distributed.grid import assign_owners
+from emerging_optimizers.soap.due import refresh_offsets
+from emerging_optimizers.soap.state import Layout, layout_for
 from tests.distributed import scenarios
 from tests.distributed.harness import Processes
 
@@ -77,7 +77,7 @@ def gpt2_124m() -> list[nn.Parameter]:
 def placed(parameters: list[nn.Parameter], processes: int, **options: object) -> tuple[dict, dict]:
     """The group of the parameters, and the owner of each that is preconditioned."""
     (group,) = SOAP(parameters, lr=0.1, **options).param_groups
-    places = place_parameters([group], ManyProcesses(processes), {})
+    places = assign_owners([group], ManyProcesses(processes), {})
     assert set(places) == set(parameters)
     return group, {p: place.owner for p, place in places.items() if place.owner is not None}
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 import emerging_optimizers
 from emerging_optimizers.soap import SOAP, incidents, state
-from emerging_optimizers.soap.decompositions import eigenvectors, orthonormal_columns
-from emerging_optimizers.soap.eigenbasis import refresh_bases
+from emerging_optimizers.soap.linalg import eigenvectors, orthonormal_columns, refresh_bases
 from emerging_optimizers.soap.refresh import refresh_eigenbasis_and_moments
 from emerging_optimizers.soap.soap_utils import get_eigenbasis_eigh
 from tests.unit.test_soap import COUNTERS, MODES, Everything, new_model, train

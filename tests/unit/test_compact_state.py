@@ -6,17 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.parameter_sets import PARAMETER_SETS
-from emerging_optimizers.soap import SOAP, buckets
-from emerging_optimizers.soap import state as state_module
-from emerging_optimizers.soap.layout import layout_for
-from emerging_optimizers.soap.packing import unpack
-from emerging_optimizers.soap.state import init_state
-from tests.unit.test_buckets import new_parameters, set_gradients
+from emerging_optimizers.soap import SOAP
+from emerging_optimizers.soap.state import meta_state, unpack
 from tests.unit.test_checkpoint import through_a_file, trained
 from tests.unit.test_soap import COUNTERS, MODES, new_model, train
+from tests.unit.test_stacks import new_parameters, set_gradients
 
 COMPACT = {"pack_factors": True, "state_dtype": torch.bfloat16}
 
@@ -39,9 +36,8 @@ def test_a_gpt_takes_at_most_24_bytes_per_parameter_where_it_took_38(name: str) 
         group = SOAP([nn.Parameter(torch.zeros(2))], lr=0.1, **options).param_groups[0]
         total, count = 0, 0
         for shape in PARAMETER_SETS[name]:
-            state: dict[str, Tensor] = {}
             parameter = torch.empty(shape, device="meta")
-            init_state(state, parameter, layout_for(parameter, group), group["pack_factors"], group["state_dtype"])
+            state = meta_state(parameter, group)
             total += sum(value.numel() * value.element_size() for value in state.values())
             count += parameter.numel()
         return total / count
@@ -62,34 +58,11 @@ def test_the_state_of_a_step_is_what_was_counted() -> None:
     assert sum(storage.nbytes() for storage in storages.values()) <= 24 * sum(p.numel() for p in parameters)
 
 
-def test_by_default_what_the_arithmetic_works_on_is_the_state_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[bool] = []
-    real = buckets.Run.keep
-
-    def keep(self: buckets.Run, key: str, value: Tensor) -> None:
-        seen.append(value.data_ptr() == self.kept(key).data_ptr())
-        real(self, key, value)
-
-    parameters = new_parameters()
-    optimizer = SOAP(parameters, lr=0.1, precondition_frequency=100)
-    set_gradients(parameters, 0)
-    optimizer.step()
-    monkeypatch.setattr(buckets.Run, "keep", keep)
-    set_gradients(parameters, 1)
-    optimizer.step()
-    assert seen
-    assert all(seen)
-
-
 # --- what it does to the results -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_packed_factors_give_the_results_of_unpacked_ones(
-    mode: str, masks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(state_module, "masks_on", lambda device: masks)
+def test_packed_factors_give_the_results_of_unpacked_ones(mode: str) -> None:
     options = {"lr": 0.01, **MODES[mode], "eps": 1e-4}
     plain, packed = new_parameters(torch.float64), new_parameters(torch.float64)
     optimizers = [

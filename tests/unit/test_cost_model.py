@@ -26,7 +26,7 @@ from benchmarks.machines import MACHINES, busy_seconds, predict
 from benchmarks.parameter_sets import MODELS, Weight, gpt_model
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.costs import refresh_flops, step_flops
-from emerging_optimizers.soap.layout import Layout
+from emerging_optimizers.soap.state import Layout
 
 GPT2 = MODELS["GPT-2 124M"]
 ONE_MATRIX = [Weight("w", (5, 3), True)]

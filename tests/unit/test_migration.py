@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.peers_behaviour import PAIRS, table
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.soap import SOAP
-from emerging_optimizers.soap.layout import layout_of
+from emerging_optimizers.soap.state import layout_of
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from emerging_optimizers.soap.packing import pack, packed_size, unpack
+from emerging_optimizers.soap.state import pack, packed_size, unpack
 
 
 def lower_triangles(count: int, size: int, dtype: torch.dtype) -> torch.Tensor:

@@ -27,7 +27,7 @@ from emerging_optimizers.plan.planning import _complete
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.costs import refresh_flops, share_out, step_flops
-from emerging_optimizers.soap.layout import layout_for
+from emerging_optimizers.soap.state import layout_for
 
 
 class Language(nn.Module):

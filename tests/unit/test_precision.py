@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from emerging_optimizers.precision import fp32_matmul_precision
+from emerging_optimizers.soap.precision import fp32_matmul_precision
 
 
 def test_an_inherited_precision_is_not_pinned() -> None:

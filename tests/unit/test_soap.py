@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emerging_optimizers.adam import adam_direction, raise_to_floor
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.schedules import LinearFrequency
 from emerging_optimizers.soap import SOAP
-from emerging_optimizers.soap import state as state_module
+from emerging_optimizers.soap.refresh import raise_to_floor
+from emerging_optimizers.soap.step import adam
 
 MODES = {
     "default": {},
@@ -184,11 +184,9 @@ def test_a_tensor_without_gradient_signal_waits_for_it_with_its_first_basis() ->
 @pytest.mark.parametrize("weight_decay_method", ["decoupled", "independent", "l2"])
 @pytest.mark.parametrize("warm", [0, 4])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-@pytest.mark.parametrize("masks", [False, True])
 def test_a_nonfinite_gradient_leaves_that_tensor_untouched_and_is_counted(
-    weight_decay_method: str, warm: int, bad: float, masks: bool, monkeypatch: pytest.MonkeyPatch
+    weight_decay_method: str, warm: int, bad: float
 ) -> None:
-    monkeypatch.setattr(state_module, "masks_on", lambda device: masks)  # what a GPU does, on the CPU
     options = {"lr": 0.1, "weight_decay": 0.1, "weight_decay_method": weight_decay_method, "use_kl_shampoo": warm > 0}
     parameters = [nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3, 4))]
     optimizer = SOAP(parameters, precondition_1d=True, eps=0.0 if warm == 0 else 1e-8, **options)
@@ -220,9 +218,7 @@ def test_a_nonfinite_gradient_leaves_that_tensor_untouched_and_is_counted(
     assert all(value.isfinite().all() for p in parameters for value in optimizer.state[p].values())
 
 
-@pytest.mark.parametrize("masks", [False, True])
-def test_a_nonfinite_gradient_at_the_first_refresh_postpones_it(masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state_module, "masks_on", lambda device: masks)
+def test_a_nonfinite_gradient_at_the_first_refresh_postpones_it() -> None:
     parameter = nn.Parameter(torch.ones(3, 4))
     optimizer = SOAP([parameter], lr=0.1, adam_warmup_steps=3, precondition_frequency=100)
     for seed in range(6):
@@ -533,7 +529,7 @@ def test_the_floor_of_the_second_moment_is_below_it_in_a_fixed_basis(betas: tupl
     for updates in range(20):
         assert torch.allclose(raise_to_floor(exp_avg_sq, exp_avg, updates, betas), exp_avg_sq, rtol=1e-12, atol=0)
         grad = torch.randn(100, generator=generator, dtype=torch.float64) ** 3
-        adam_direction(grad, exp_avg, exp_avg_sq, step=1, betas=betas, eps=1e-8, correct_bias=False, use_nesterov=False)
+        adam(grad, exp_avg, exp_avg_sq, 1, {"betas": betas, "eps": 1e-8, "correct_bias": False, "use_nesterov": False})
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.3), (0.98, 0.95), (0.9, 0.95), (0.9, 0.81)])
@@ -549,7 +545,7 @@ def test_the_floor_is_reached_by_the_gradients_that_make_cauchy_schwarz_an_equal
     for k in range(8):
         grad = torch.tensor((0.95 / 0.9) ** k, dtype=torch.float64)
         options = {"betas": (0.9, 0.95), "eps": 1e-8, "correct_bias": False, "use_nesterov": False}
-        adam_direction(grad, exp_avg, exp_avg_sq, step=1, **options)
+        adam(grad, exp_avg, exp_avg_sq, 1, options)
     floor = raise_to_floor(torch.zeros((), dtype=torch.float64), exp_avg, 8, (0.9, 0.95))
     torch.testing.assert_close(floor, exp_avg_sq)
 

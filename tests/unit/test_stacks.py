@@ -1,4 +1,4 @@
-"""Buckets: the same results as one parameter at a time, with state tensors that are views and never copied to step."""
+"""Stacks: the same results as one parameter at a time, with state tensors that are views and never copied to step."""
 
 import copy
 import gc
@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from emerging_optimizers.soap import SOAP, buckets
-from emerging_optimizers.soap import state as state_module
+from emerging_optimizers.soap import SOAP, stacks
 from tests.unit.test_soap import MODES, new_model, train
 
 SHAPES = [(6, 4), (6, 4), (4, 6), (6, 4), (5,), (), (5,), (3, 2, 2), (3, 2, 2), (6, 4), (0, 4), (1, 7)]
@@ -30,24 +29,20 @@ def set_gradients(parameters: list[nn.Parameter], step: int, missing: Callable[[
 
 @pytest.fixture
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[[SOAP], None]:
-    """Steps an optimizer whose every bucket holds one parameter."""
+    """Steps an optimizer whose every stack holds one parameter."""
 
     def step(optimizer: SOAP) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(buckets, "CHUNK_ELEMENTS", 0)
+            patch.setattr(stacks, "MOST_ELEMENTS", 0)
             optimizer.step()
-        assert all(len(bucket.parameters) == 1 for group in optimizer._plan.buckets for bucket in group)
+        assert all(len(stack.members) == 1 for group in optimizer._stacks for stack in group)
 
     return step
 
 
-@pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_bucket_equals_its_parameters_one_by_one(
-    mode: str, dtype: torch.dtype, masks: bool, one_by_one: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(state_module, "masks_on", lambda device: masks)
+def test_a_stack_equals_its_parameters_one_by_one(mode: str, dtype: torch.dtype, one_by_one: Callable) -> None:
     options = {"lr": 0.01, "weight_decay": 0.1, **MODES[mode], "eps": 1e-4}
     if mode in ("raise", "propagate"):
         options["nonfinite"] = "skip"
@@ -67,7 +62,7 @@ def test_a_bucket_equals_its_parameters_one_by_one(
         tolerance = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-3}
         for p, q in zip(together, alone, strict=True):
             torch.testing.assert_close(p, q, **tolerance)
-    assert max(len(bucket.parameters) for bucket in optimizer._plan.buckets[0]) >= 4
+    assert max(len(stack.members) for stack in optimizer._stacks[0]) >= 4
     counters = ("step", "refresh_step", "skipped_steps")
     for p, q in zip(together, alone, strict=True):
         for key in counters:
@@ -97,7 +92,7 @@ def test_no_state_is_moved_by_a_step(mode: str) -> None:
     assert pointers(optimizer) == before
 
 
-def test_a_late_starter_moves_only_the_bucket_that_it_joins() -> None:
+def test_a_late_starter_moves_only_the_stack_that_it_joins() -> None:
     parameters = new_parameters()
     optimizer = SOAP(parameters, lr=0.1)
     set_gradients(parameters, 0, lambda i: i == 3)
@@ -182,8 +177,8 @@ def test_saved_files_are_not_larger_than_the_state() -> None:
     alone.load_state_dict(saved)
 
 
-def test_a_bucket_is_cut_where_its_stack_would_grow_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buckets, "CHUNK_ELEMENTS", 80)
+def test_a_stack_is_cut_where_it_would_grow_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacks, "MOST_ELEMENTS", 80)
     parameters = [nn.Parameter(torch.ones(6, 4)) for _ in range(5)] + [nn.Parameter(torch.ones(100))]
     parameters += [nn.Parameter(torch.ones(30)) for _ in range(3)]
     optimizer = SOAP(parameters, lr=0.1)
@@ -191,7 +186,7 @@ def test_a_bucket_is_cut_where_its_stack_would_grow_too_large(monkeypatch: pytes
         p.grad = torch.ones_like(p)
     optimizer.step()
     # A (6, 6) factor is the largest part of the first five.
-    assert [len(bucket.parameters) for bucket in optimizer._plan.buckets[0]] == [2, 2, 1, 1, 2, 1]
+    assert [len(stack.members) for stack in optimizer._stacks[0]] == [2, 2, 1, 1, 2, 1]
 
 
 @pytest.mark.parametrize("change", ["add", "remove", "reorder"])
@@ -213,7 +208,7 @@ def test_the_parameters_of_a_group_may_change(change: str) -> None:
     assert [int(optimizer.state[p]["step"]) for p in first] == [6] * len(first)
 
 
-# --- what a cached bucket must not outlive --------------------------------------------------------------------------
+# --- what a cached stack must not outlive --------------------------------------------------------------------------
 
 
 def test_a_model_that_changes_its_dtype_goes_on_in_it() -> None:
@@ -236,28 +231,28 @@ def test_loading_and_clearing_free_the_old_state() -> None:
     optimizer = SOAP(model.parameters(), lr=1e-2)
     train(optimizer, model, 2)
     saved = copy.deepcopy(optimizer.state_dict())
-    old = weakref.ref(optimizer._plan.buckets[0][0])
+    old = weakref.ref(optimizer._stacks[0][0])
     optimizer.load_state_dict(saved)
     gc.collect()
     assert old() is None
 
 
-def test_the_old_buckets_are_freed_one_by_one_as_new_ones_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_stacks_are_freed_one_by_one_as_new_ones_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = [nn.Parameter(torch.ones(4 + i, 3)) for i in range(4) for _ in range(2)]
     groups = [{"params": parameters[2 * i : 2 * i + 2]} for i in range(4)]
     optimizer = SOAP(groups, lr=0.1)
     for p in parameters[::2]:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    old = [weakref.ref(group[0]) for group in optimizer._plan.buckets]
+    old = [weakref.ref(group[0]) for group in optimizer._stacks]
     alive: list[int] = []
-    real = buckets.Bucket.__init__
+    real = stacks.StackedState.__init__
 
-    def watch(self: buckets.Bucket, *arguments: object) -> None:
+    def watch(self: stacks.StackedState, *arguments: object) -> None:
         alive.append(sum(reference() is not None for reference in old))
         real(self, *arguments)
 
-    monkeypatch.setattr(buckets.Bucket, "__init__", watch)
+    monkeypatch.setattr(stacks.StackedState, "__init__", watch)
     for p in parameters:
         p.grad = torch.ones_like(p)
     optimizer.step()

@@ -13,37 +13,38 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from emerging_optimizers.soap.buckets import CHUNK_ELEMENTS, batches
-from emerging_optimizers.soap.exchange import Spec, all_to_all, spec_of
-from emerging_optimizers.soap.placement import Grid, Place, is_dtensor, pieces
+from emerging_optimizers.soap.distributed.collectives import Spec, all_to_all, spec_of
+from emerging_optimizers.soap.distributed.grid import Ownership, ProcessGrid, is_dtensor, shards_of
+from emerging_optimizers.soap.stacks import MOST_ELEMENTS, batches
 from emerging_optimizers.soap.state import HOST_KEYS, meta_state
 
 State = dict[str, Any]
 
 
 def share_states(
-    groups: Sequence[dict[str, Any]], states: Mapping[Tensor, State], places: Mapping[Tensor, Place]
+    groups: Sequence[Mapping[str, Any]], states: Mapping[Tensor, State], owned: Mapping[Tensor, Ownership]
 ) -> dict[Tensor, State]:
     """What a state dict has for each parameter: copies. A collective: every process must call it.
 
     Args:
         groups: The parameter groups.
         states: The optimizer's state.
-        places: The place of every parameter that several processes hold.
+        owned: The ownership of every parameter that several processes hold.
 
     Returns:
         Per parameter with a state, the same keys on all processes.
     """
     shared: dict[Tensor, State] = {}
-    owned: dict[Grid, list[tuple[Tensor, int, State]]] = {}
+    entries: dict[ProcessGrid, list[tuple[Tensor, int, State]]] = {}
     for group in groups:
         for parameter in group["params"]:
             state = states.get(parameter)
             if not state:
                 continue
-            place = places.get(parameter)
-            if place is not None and place.owner is not None:
-                owned.setdefault(place.grid, []).append((parameter, place.owner, meta_state(parameter, group)))
+            ownership = owned.get(parameter)
+            if ownership is not None and ownership.owner is not None:
+                entry = (parameter, ownership.owner, meta_state(parameter, group))
+                entries.setdefault(ownership.grid, []).append(entry)
             elif is_dtensor(parameter):
                 shared[parameter] = {
                     key: _like(parameter, value.clone()) if key.startswith("exp_avg") else value.clone()
@@ -51,8 +52,8 @@ def share_states(
                 }
             else:
                 shared[parameter] = {key: value.clone() for key, value in state.items()}
-    for grid, entries in owned.items():
-        for batch in batches(entries, _elements, CHUNK_ELEMENTS * grid.size):  # bounds the extra memory
+    for grid, of_grid in entries.items():
+        for batch in batches(of_grid, _elements, MOST_ELEMENTS * grid.size):  # bounds the extra memory
             shared.update(_hand_out(batch, states, grid))
     # Not in the order of the states, which differs between processes: torch gathers full state dicts in this order.
     return {p: shared[p] for group in groups for p in group["params"] if p in shared}
@@ -73,7 +74,7 @@ def _elements(entry: tuple[Tensor, int, State]) -> int:
 
 
 def _hand_out(
-    batch: Sequence[tuple[Tensor, int, State]], states: Mapping[Tensor, State], grid: Grid
+    batch: Sequence[tuple[Tensor, int, State]], states: Mapping[Tensor, State], grid: ProcessGrid
 ) -> Iterator[tuple[Tensor, State]]:
     """Sends this process's share of every tensor to it, and puts them together as DTensors."""
     from torch.distributed.tensor import DTensor, Shard
@@ -84,12 +85,12 @@ def _hand_out(
     for parameter, owner, wanted in batch:
         for key, template in wanted.items():
             if key != "step":
-                incoming[owner].append(spec_of(_share(template, grid, grid.me)))
-                if owner == grid.me:
+                incoming[owner].append(spec_of(_share(template, grid, grid.rank)))
+                if owner == grid.rank:
                     value = states[parameter][key].to(device)
                     for process in range(grid.size):
                         outgoing[process].append(_share(value, grid, process))
-    arrived = [iter(tensors) for tensors in all_to_all(grid.everyone, outgoing, incoming, device).wait()]
+    arrived = [iter(tensors) for tensors in all_to_all(grid.group, outgoing, incoming, device).wait()]
     for parameter, owner, wanted in batch:
         state: State = {}
         for key, template in wanted.items():
@@ -107,7 +108,7 @@ def _hand_out(
         yield parameter, state
 
 
-def _share(tensor: Tensor, grid: Grid, process: int) -> Tensor:
+def _share(tensor: Tensor, grid: ProcessGrid, process: int) -> Tensor:
     """The rows of a tensor that ``Shard(0)`` gives a process; all of a 0-D tensor."""
     if tensor.dim() == 0:
         return tensor
@@ -115,41 +116,51 @@ def _share(tensor: Tensor, grid: Grid, process: int) -> Tensor:
     return tensor[process * rows : (process + 1) * rows]
 
 
-def is_whole_here(value: Any) -> bool:
-    """Whether a loaded DTensor can be made whole: whether it is replicated, or its share is this process's own.
+def require_whole(value: Any, name: str) -> None:
+    """Raises unless a loaded DTensor can be made whole: unless it is replicated, or its share is this process's own.
 
     A file that one process wrote has that process's shares and says so in the mesh's coordinates. Loaded by another
     they would pass for its own, and the tensors be put together from one share many times over.
+
+    Raises:
+        ValueError: It cannot.
     """
     if all(placement.is_replicate() for placement in value.placements):
-        return True
+        return
     coordinate = value.device_mesh.get_coordinate()
-    return dist.is_initialized() and (
+    if dist.is_initialized() and (
         coordinate is None or int(value.device_mesh.mesh[tuple(coordinate)]) == dist.get_rank()
+    ):
+        return
+    raise ValueError(
+        f"{name} has the share of another process alone: the file was written by one process, from a state_dict() of "
+        "which each has a share. Save with torch.distributed.checkpoint, or without process_group"
     )
 
 
-def held_part(value: Tensor, key: str, parameter: Tensor, place: Place | None) -> Tensor:
-    """What this process keeps of a tensor of a loaded state: all, a piece, or nothing. May be a collective.
+def held_part(value: Tensor, key: str, parameter: Tensor, ownership: Ownership | None) -> Tensor:
+    """What this process keeps of a tensor of a loaded state: all, its shard, or nothing. May be a collective.
 
     Args:
         value: The tensor, whole: a plain one, or a DTensor in any placement.
         key: Its key.
         parameter: The parameter.
-        place: The parameter's place.
+        ownership: Who works on the parameter; None: this process alone has it.
     """
-    in_pieces = place is not None and place.owner is None and place.grid.columns > 1 and key.startswith("exp_avg")
+    of_shard = (
+        ownership is not None and ownership.owner is None and ownership.grid.shards > 1 and key.startswith("exp_avg")
+    )
     if is_dtensor(value):
-        given: Any = value.detach()
-        if in_pieces and given.device_mesh == parameter.device_mesh and given.placements == parameter.placements:  # type: ignore[attr-defined]
+        given: Any = value
+        if of_shard and given.device_mesh == parameter.device_mesh and given.placements == parameter.placements:  # type: ignore[attr-defined]
             part: Tensor = given.to_local()
             return part
         given = given.to(given.device_mesh.device_type)  # where its mesh can communicate
         value = given.full_tensor()
-    if place is None:
+    if ownership is None:
         return value
-    if in_pieces:
-        return value[pieces(parameter, place.grid)[place.grid.column]]
-    if not place.mine and key != "step":
+    if of_shard:
+        return value[shards_of(parameter, ownership.grid)[ownership.grid.shard]]
+    if not ownership.is_local and key != "step":
         return value.new_zeros(0)
     return value

@@ -1,17 +1,15 @@
-"""Where parameters live: which processes hold a parameter, in which pieces, and how they are told apart.
+"""Which processes hold a parameter, in which shards, and which of them owns it.
 
 The parameters decide, not an option. A DTensor carries its mesh; a plain tensor is on every process of the group that
-the optimizer was given, or on this one alone. Either way the processes that share a parameter form a grid: the
-processes of a row have each a piece of it, the rows have it once each. Data parallelism (DDP) is a grid of one column,
-FSDP2 a grid of one row, HSDP has rows and columns, and a single process is no grid at all.
+the optimizer was given, or on this one alone. Either way the processes that share a parameter form a grid of replicas
+and shards. Data parallelism (DDP) has replicas of one shard, FSDP2 one replica of shards, HSDP both, and a single
+process is no grid at all.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -20,86 +18,85 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from emerging_optimizers.soap.costs import mean_flops, share_out
+from emerging_optimizers.soap.options import refresh_frequency
+from emerging_optimizers.soap.state import layout_for
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-logger = logging.getLogger(__name__)
-
-#: A plain 1-D parameter with more elements than this is taken for several that an engine has laid end to end.
-LONGEST_VECTOR = 2**20
-
 #: Per axis of a tensor, which of its indices a process has.
-Piece = tuple[slice, ...]
+Shard = tuple[slice, ...]
 
 
-class Grid:
-    """The processes that hold the same parameters, as rows of columns.
+class ProcessGrid:
+    """The processes that hold the same parameters.
 
     Args:
-        ranks: The global rank of each, ``ranks[row][column]``.
-        everyone: A process group of all of them.
-        row_group: A group of this process's row; None for a single column.
+        ranks: The global rank of each, ``ranks[replica][shard]``.
+        group: A process group of all of them.
+        shard_group: A group of those that have this process's replica; None for a single shard.
 
     Attributes:
-        row, column: This process's place.
+        replica, shard: This process's place.
         size: The number of processes.
-        me: This process's number in ``everyone``. Owners are numbered like that.
+        rank: This process's rank in ``group``. Owners are named by it.
     """
 
     def __init__(
-        self, ranks: Sequence[Sequence[int]], everyone: dist.ProcessGroup, row_group: dist.ProcessGroup | None
+        self, ranks: Sequence[Sequence[int]], group: dist.ProcessGroup, shard_group: dist.ProcessGroup | None
     ) -> None:
-        self.ranks, self.everyone, self.row_group = ranks, everyone, row_group
-        self.rows, self.columns = len(ranks), len(ranks[0])
-        self.size = self.rows * self.columns
-        places = {rank: (r, c) for r, row in enumerate(ranks) for c, rank in enumerate(row)}
-        self.row, self.column = places[dist.get_rank()]
-        #: Per process, numbered as in ``everyone``: its row and column.
-        self.places = [places[rank] for rank in dist.get_process_group_ranks(everyone)]
-        self.me = dist.get_rank(everyone)
-        #: Per process of the row, numbered as in ``row_group``: its column.
-        self.row_order = (
-            [0] if row_group is None else [places[rank][1] for rank in dist.get_process_group_ranks(row_group)]
+        self.ranks, self.group, self.shard_group = ranks, group, shard_group
+        self.replicas, self.shards = len(ranks), len(ranks[0])
+        self.size = self.replicas * self.shards
+        places = {rank: (r, s) for r, replica in enumerate(ranks) for s, rank in enumerate(replica)}
+        self.replica, self.shard = places[dist.get_rank()]
+        #: Per rank in ``group`` its replica and shard.
+        self.places = [places[rank] for rank in dist.get_process_group_ranks(group)]
+        self.rank = dist.get_rank(group)
+        #: Per rank in ``shard_group`` its shard.
+        self.shard_order = (
+            [0] if shard_group is None else [places[rank][1] for rank in dist.get_process_group_ranks(shard_group)]
         )
-        numbers = {place: number for number, place in enumerate(self.places)}
-        #: The process in my row and that column, numbered as in ``everyone``.
-        self.in_row = [numbers[self.row, column] for column in range(self.columns)]
-        self._column_group: dist.ProcessGroup | None = None
+        by_place = {place: rank for rank, place in enumerate(self.places)}
+        #: Per shard of this replica the rank in ``group``.
+        self.shard_ranks = [by_place[self.replica, shard] for shard in range(self.shards)]
+        self._replica_group: dist.ProcessGroup | None = None
         self._meshes: dict[str, DeviceMesh] = {}
 
-    def column_group(self) -> dist.ProcessGroup:
-        """A group of this process's column: the processes that hold the same pieces."""
-        if self.columns == 1:
-            return self.everyone
-        if self._column_group is None:
-            self._column_group = _group([row[self.column] for row in self.ranks])
-        return self._column_group
+    def replica_group(self) -> dist.ProcessGroup:
+        """A group of the processes that hold the same shards as this one."""
+        if self.shards == 1:
+            return self.group
+        if self._replica_group is None:
+            self._replica_group = _group([replica[self.shard] for replica in self.ranks])
+        return self._replica_group
 
     def mesh(self, device_type: str) -> DeviceMesh:
-        """A mesh of one dimension over all processes, in the order of ``everyone``."""
+        """A mesh of one dimension over all processes, in the order of ``group``."""
         from torch.distributed.device_mesh import DeviceMesh
 
         if device_type not in self._meshes:
-            self._meshes[device_type] = DeviceMesh.from_group(self.everyone, device_type)
+            self._meshes[device_type] = DeviceMesh.from_group(self.group, device_type)
         return self._meshes[device_type]
 
 
-class Place(NamedTuple):
-    """What this process has to do with a parameter that several hold.
+class Ownership(NamedTuple):
+    """Who works on a parameter that several processes hold.
 
     Attributes:
         grid: The processes that hold it.
-        owner: Which of them computes its updates and keeps its state (a number in ``grid.everyone``); None where each
-            does so for what it holds, as for tensors that get AdamW.
+        owner: Which of them computes its updates and keeps its state, its rank in ``grid.group``; None where each does
+            so for its shard, as for tensors that get AdamW.
     """
 
-    grid: Grid
+    grid: ProcessGrid
     owner: int | None
 
     @property
-    def mine(self) -> bool:
+    def is_local(self) -> bool:
         """Whether this process has state of the parameter."""
-        return self.owner is None or self.owner == self.grid.me
+        return self.owner is None or self.owner == self.grid.rank
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -127,20 +124,7 @@ def local_grad(parameter: Tensor) -> Tensor | None:
     return local_tensor(grad)
 
 
-def warn_if_flattened(parameter: Tensor, name: str) -> None:
-    """Logs a warning for a parameter in which an engine has laid matrices end to end, so that they are gone."""
-    by_fsdp1 = type(parameter).__name__ == "FlatParameter" or getattr(parameter, "_fsdp_flattened", False)
-    if by_fsdp1 or (parameter.dim() == 1 and parameter.numel() > LONGEST_VECTOR):
-        logger.warning(
-            "%s is a vector of %d elements%s: its matrices are gone, and it gets plain AdamW. Give SOAP the matrices: "
-            "shard with FSDP2 (torch.distributed.fsdp.fully_shard), or pass the unflattened parameters.",
-            name,
-            parameter.numel(),
-            " that FSDP1 made" if by_fsdp1 else "",
-        )
-
-
-class Grids:
+class ProcessGrids:
     """The grids of an optimizer's parameters, each made once.
 
     Args:
@@ -164,29 +148,18 @@ class Grids:
             raise TypeError(
                 f"process_group must be a ProcessGroup, a DeviceMesh or None, got {type(process_group).__name__}"
             )
-        #: Of the parameters that several processes hold.
-        self.places: Mapping[Tensor, Place] = {}
-        #: Whether a DTensor has been asked for.
-        self.have_dtensors = False
-        self._replicated: Grid | None = None
+        self._replicated: ProcessGrid | None = None
         if isinstance(group, dist.ProcessGroup) and dist.get_world_size(group) > 1:
             ranks = dist.get_process_group_ranks(group)
-            self._replicated = Grid([[rank] for rank in ranks], group, None)
-        self._of_meshes: dict[tuple[DeviceMesh, tuple[int, ...]], Grid] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Grids:
-        """The same processes, which are not copied, and the same places for the copies of the parameters."""
-        other = object.__new__(Grids)
-        vars(other).update(vars(self))
-        other.places = {copy.deepcopy(parameter, memo): place for parameter, place in self.places.items()}
-        return other
+            self._replicated = ProcessGrid([[rank] for rank in ranks], group, None)
+        self._of_meshes: dict[tuple[DeviceMesh, tuple[int, ...]], ProcessGrid] = {}
 
     def __reduce__(self) -> Any:
         if self._replicated is None:
-            return Grids, (None,)
+            return ProcessGrids, (None,)
         raise TypeError("a SOAP optimizer with a process_group cannot be pickled; save its state_dict()")
 
-    def of(self, parameter: Tensor) -> Grid | None:
+    def of(self, parameter: Tensor) -> ProcessGrid | None:
         """The grid of a parameter; None where this process alone has it, or each works on its own.
 
         Raises:
@@ -194,7 +167,6 @@ class Grids:
         """
         if not is_dtensor(parameter):
             return self._replicated
-        self.have_dtensors = True
         mesh: DeviceMesh = parameter.device_mesh  # type: ignore[attr-defined]
         placements = parameter.placements  # type: ignore[attr-defined]
         if any(placement.is_partial() for placement in placements):
@@ -207,23 +179,23 @@ class Grids:
         return self._of_meshes[mesh, sharded]
 
 
-def _grid_of(mesh: DeviceMesh, sharded: tuple[int, ...]) -> Grid:
-    """The grid of a mesh: its sharded dimensions make the columns, the others the rows."""
+def _grid_of(mesh: DeviceMesh, sharded: tuple[int, ...]) -> ProcessGrid:
+    """The grid of a mesh, of which some dimensions are sharded and the others replicated."""
     if mesh.get_coordinate() is None:
         raise ValueError(f"a parameter must be on a mesh that this process is in, got {mesh}")
     replicated = [dim for dim in range(mesh.ndim) if dim not in sharded]
-    columns = prod(mesh.size(dim) for dim in sharded)
-    table = mesh.mesh.permute(*replicated, *sharded).reshape(-1, columns).tolist()
-    everyone = mesh.get_group() if mesh.ndim == 1 else _group(mesh.mesh.flatten().tolist())
-    row_group = None
-    if columns > 1:
+    shards = prod(mesh.size(dim) for dim in sharded)
+    table = mesh.mesh.permute(*replicated, *sharded).reshape(-1, shards).tolist()
+    group = mesh.get_group() if mesh.ndim == 1 else _group(mesh.mesh.flatten().tolist())
+    shard_group = None
+    if shards > 1:
         if not replicated:
-            row_group = everyone
+            shard_group = group
         elif len(sharded) == 1:
-            row_group = mesh.get_group(sharded[0])
+            shard_group = mesh.get_group(sharded[0])
         else:
-            row_group = _group(next(row for row in table if dist.get_rank() in row))
-    return Grid(table, everyone, row_group)
+            shard_group = _group(next(replica for replica in table if dist.get_rank() in replica))
+    return ProcessGrid(table, group, shard_group)
 
 
 def _group(ranks: Sequence[int]) -> dist.ProcessGroup:
@@ -235,8 +207,8 @@ def _group(ranks: Sequence[int]) -> dist.ProcessGroup:
     return group
 
 
-def pieces(parameter: Tensor, grid: Grid) -> list[Piece]:
-    """Per column of the grid, which part of the parameter its processes hold."""
+def shards_of(parameter: Tensor, grid: ProcessGrid) -> list[Shard]:
+    """Per shard, which part of the parameter it is."""
     if not is_dtensor(parameter):
         return [tuple(slice(0, size) for size in parameter.shape)]
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
@@ -245,11 +217,11 @@ def pieces(parameter: Tensor, grid: Grid) -> list[Piece]:
         for dim, placement in enumerate(placements)
         if not placement.is_replicate()
     )
-    return _pieces(tuple(parameter.shape), cuts)
+    return _shards(tuple(parameter.shape), cuts)
 
 
 @lru_cache(maxsize=1024)
-def _pieces(shape: tuple[int, ...], cuts: tuple[tuple[int, int, int], ...]) -> list[Piece]:
+def _shards(shape: tuple[int, ...], cuts: tuple[tuple[int, int, int], ...]) -> list[Shard]:
     """Cuts a tensor along one mesh dimension after the other.
 
     Args:
@@ -276,6 +248,44 @@ def _chunk(indices: slice, count: int, place: int) -> slice:
     return slice(start, min(start + size, indices.stop))
 
 
-def shape_of(piece: Piece) -> tuple[int, ...]:
-    """The shape of a piece."""
-    return tuple(p.stop - p.start for p in piece)
+def shape_of(shard: Shard) -> tuple[int, ...]:
+    """The shape of a shard."""
+    return tuple(part.stop - part.start for part in shard)
+
+
+def assign_owners(
+    groups: Iterable[Mapping[str, Any]], grids: ProcessGrids, known: Mapping[Tensor, Ownership]
+) -> dict[Tensor, Ownership]:
+    """Who works on every parameter that several processes hold, by their mean costs.
+
+    Every process comes to the same answer from the parameter list and the options, without asking the others.
+
+    Args:
+        groups: The parameter groups.
+        grids: The grids of their parameters.
+        known: Those that have an owner already, and keep it.
+    """
+    owned: dict[Tensor, Ownership] = {}
+    jobs: dict[ProcessGrid, list[tuple[Tensor, float]]] = {}
+    loads: dict[ProcessGrid, list[float]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            grid = grids.of(parameter)
+            if grid is None:
+                continue
+            layout = layout_for(parameter, group)
+            cost = mean_flops(layout, refresh_frequency(group["precondition_frequency"], 0))
+            ownership = known.get(parameter)
+            if ownership is not None:
+                owned[parameter] = ownership
+                if ownership.owner is not None:
+                    loads.setdefault(grid, [0.0] * grid.size)[ownership.owner] += cost
+            elif layout.axes:
+                jobs.setdefault(grid, []).append((parameter, cost))
+            else:
+                owned[parameter] = Ownership(grid, None)
+    for grid, work in jobs.items():
+        owners = share_out([cost for _, cost in work], loads.get(grid, [0.0] * grid.size))
+        for (parameter, _), owner in zip(work, owners, strict=True):
+            owned[parameter] = Ownership(grid, owner)
+    return owned

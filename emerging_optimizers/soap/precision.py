@@ -19,9 +19,8 @@ MATMUL_PRECISIONS: dict[str, tuple[str, str]] = {
 _lock = RLock()
 
 
-@contextmanager
-def fp32_matmul_precision(precision: str) -> Iterator[None]:
-    """Runs the enclosed float32 matrix products at ``precision``.
+class fp32_matmul_precision:  # noqa: N801 - used as a function, like contextlib.suppress
+    """Runs the enclosed float32 matrix products at a precision.
 
     The setting belongs to the process, not to the thread, so only one thread at a time is inside: two would take
     each other's precision, and restore it. Do not wait for another thread in here. The per-backend switches are used
@@ -39,12 +38,29 @@ def fp32_matmul_precision(precision: str) -> Iterator[None]:
         >>> with fp32_matmul_precision("highest"):
         ...     product = torch.eye(2) @ torch.eye(2)
     """
-    if precision not in MATMUL_PRECISIONS:
-        raise ValueError(f"Invalid matmul precision: {precision!r} (wanted one of {sorted(MATMUL_PRECISIONS)})")
-    with _lock:
-        on_cuda, on_cpu = MATMUL_PRECISIONS[precision]
-        with _setting(torch.backends.cuda.matmul, on_cuda), _setting(torch.backends.mkldnn.matmul, on_cpu):  # type: ignore[attr-defined]
-            yield
+
+    def __init__(self, precision: str) -> None:
+        if precision not in MATMUL_PRECISIONS:
+            raise ValueError(f"Invalid matmul precision: {precision!r} (wanted one of {sorted(MATMUL_PRECISIONS)})")
+        self._wanted = MATMUL_PRECISIONS[precision]
+        self._before: list[tuple[Any, str]] = []
+
+    def __enter__(self) -> None:
+        _lock.acquire()
+        backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+        for backend, wanted in zip(backends, self._wanted, strict=True):
+            before = backend.fp32_precision
+            if before != wanted:
+                self._before.append((backend, before))
+                backend.fp32_precision = wanted
+
+    def __exit__(self, *_: object) -> None:
+        for backend, before in self._before:
+            # A value that came from a more general setting must come from there again, and not be pinned here.
+            backend.fp32_precision = "none"
+            if backend.fp32_precision != before:
+                backend.fp32_precision = before
+        _lock.release()
 
 
 @contextmanager
@@ -63,20 +79,3 @@ def without_autocast(*device_types: str) -> Iterator[None]:
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
-
-
-@contextmanager
-def _setting(backend: Any, wanted: str) -> Iterator[None]:
-    """One backend's switch, for a while."""
-    before = backend.fp32_precision
-    if before == wanted:
-        yield
-        return
-    backend.fp32_precision = wanted
-    try:
-        yield
-    finally:
-        # A value that came from a more general setting must come from there again, and not be pinned here.
-        backend.fp32_precision = "none"
-        if backend.fp32_precision != before:
-            backend.fp32_precision = before

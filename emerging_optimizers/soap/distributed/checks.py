@@ -10,20 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emerging_optimizers.soap.algorithm import is_usable
+from emerging_optimizers.soap.distributed.grid import Ownership, ProcessGrid, ProcessGrids, local_grad
 from emerging_optimizers.soap.options import name_of
-from emerging_optimizers.soap.placement import Grid, Grids, Place, local_grad
+from emerging_optimizers.soap.stacks import is_usable
 from emerging_optimizers.soap.state import working_dtype
 
 
-def check_parameters(groups: Sequence[dict[str, Any]], grids: Grids) -> None:
+def check_parameters(groups: Sequence[Mapping[str, Any]], grids: ProcessGrids) -> None:
     """Raises unless all processes of each grid have the same parameters with the same options.
 
     Raises:
         RuntimeError: They differ. The first difference is named, on every process.
     """
-    parameters: dict[Grid, list[str]] = {}
-    options: dict[Grid, list[str]] = {}
+    parameters: dict[ProcessGrid, list[str]] = {}
+    options: dict[ProcessGrid, list[str]] = {}
     for number, group in enumerate(groups):
         sharing = set()
         for index, parameter in enumerate(group["params"]):
@@ -55,25 +55,25 @@ def _plain(value: Any) -> str:
 
 
 def check_gradients_agree(
-    groups: Sequence[dict[str, Any]], places: Mapping[Tensor, Place], last: Mapping[Grid, str]
-) -> Mapping[Grid, str]:
+    groups: Sequence[Mapping[str, Any]], owned: Mapping[Tensor, Ownership], last: Mapping[ProcessGrid, str]
+) -> Mapping[ProcessGrid, str]:
     """Raises unless the processes of each grid have gradients for the same parameters.
 
     Args:
         groups: The parameter groups.
-        places: The place of every parameter that several processes hold.
+        owned: The ownership of every parameter that several processes hold.
         last: What this returned at the last step: nobody is asked while nothing changes here.
 
     Raises:
         RuntimeError: They differ. The first difference is named, on every process.
     """
-    if not places:
+    if not owned:
         return last
-    shared: dict[Grid, list[tuple[dict[str, Any], int, Tensor]]] = {}
+    shared: dict[ProcessGrid, list[tuple[Mapping[str, Any], int, Tensor]]] = {}
     for group in groups:
         for index, parameter in enumerate(group["params"]):
-            if parameter in places:
-                shared.setdefault(places[parameter].grid, []).append((group, index, parameter))
+            if parameter in owned:
+                shared.setdefault(owned[parameter].grid, []).append((group, index, parameter))
     patterns = {
         grid: "".join("-" if parameter.grad is None else "x" for *_, parameter in members)
         for grid, members in shared.items()
@@ -88,7 +88,7 @@ def check_gradients_agree(
     return patterns
 
 
-def require_same(grid: Grid, what: str, lines: Sequence[str]) -> None:
+def require_same(grid: ProcessGrid, what: str, lines: Sequence[str]) -> None:
     """Raises, on every process of a grid, unless all have the same lines. Their digests travel; lines if those differ.
 
     Raises:
@@ -96,12 +96,12 @@ def require_same(grid: Grid, what: str, lines: Sequence[str]) -> None:
     """
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     digests: list[Any] = [None] * grid.size
-    dist.all_gather_object(digests, digest, group=grid.everyone)
+    dist.all_gather_object(digests, digest, group=grid.group)
     if len(set(digests)) == 1:
         return
     texts: list[Any] = [None] * grid.size
-    dist.all_gather_object(texts, list(lines), group=grid.everyone)
-    ranks = dist.get_process_group_ranks(grid.everyone)
+    dist.all_gather_object(texts, list(lines), group=grid.group)
+    ranks = dist.get_process_group_ranks(grid.group)
     other = next(number for number, text in enumerate(texts) if text != texts[0])
     theirs = texts[other]
     place = next(
@@ -114,26 +114,26 @@ def require_same(grid: Grid, what: str, lines: Sequence[str]) -> None:
     )
 
 
-def first_unusable_gradient(group: dict[str, Any], places: Mapping[Tensor, Place]) -> int | None:
+def first_unusable_gradient(group: Mapping[str, Any], owned: Mapping[Tensor, Ownership]) -> int | None:
     """The index in the group of the first gradient that is not finite or overflows, the same on all processes."""
     unusable: list[int] = []
-    shared: dict[Grid, list[tuple[int, Tensor]]] = {}
+    shared: dict[ProcessGrid, list[tuple[int, Tensor]]] = {}
     for index, parameter in enumerate(group["params"]):
         grad = local_grad(parameter)
         if grad is None:
             continue
         norm = torch.linalg.vector_norm(grad.to(working_dtype(parameter)))
-        place = places.get(parameter)
-        if place is not None:
-            shared.setdefault(place.grid, []).append((index, norm))
+        ownership = owned.get(parameter)
+        if ownership is not None:
+            shared.setdefault(ownership.grid, []).append((index, norm))
         elif not bool(is_usable(norm, group["state_dtype"])):
             unusable.append(index)
     for grid, norms in shared.items():
         squares = torch.stack([norm.double().square() for _, norm in norms])
-        if grid.row_group is not None:
-            dist.all_reduce(squares, group=grid.row_group)
+        if grid.shard_group is not None:
+            dist.all_reduce(squares, group=grid.shard_group)
         whole = [root.to(norm.dtype) for root, (_, norm) in zip(squares.sqrt(), norms, strict=True)]
         bad = torch.stack([~is_usable(norm, group["state_dtype"]) for norm in whole]).to(torch.int32)
-        dist.all_reduce(bad, group=grid.everyone)
+        dist.all_reduce(bad, group=grid.group)
         unusable += [index for (index, _), count in zip(norms, bad.tolist(), strict=True) if count]
     return min(unusable, default=None)

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from emerging_optimizers.schedules import LinearFrequency
 from emerging_optimizers.soap import SOAP
-from emerging_optimizers.soap import algorithm as algorithm_module
 from emerging_optimizers.soap.costs import refresh_flops
-from emerging_optimizers.soap.layout import Layout
-from emerging_optimizers.soap.timing import refresh_offsets
+from emerging_optimizers.soap.due import refresh_offsets
+from emerging_optimizers.soap.state import Layout
 
 SHAPES = [(6, 4), (6, 4), (5, 7), (3, 2, 4), (4,), (6, 4), (8, 8)]
 
@@ -70,9 +69,7 @@ def test_a_schedule_of_frequencies_is_followed_with_its_places() -> None:
         assert {b - a for a, b in zip(places[1:-1], places[2:], strict=True) if a >= 30} == {6}
 
 
-@pytest.mark.parametrize("masks", [False, True])
-def test_resuming_goes_on_with_the_same_places(masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emerging_optimizers.soap.state.masks_on", lambda device: masks)
+def test_resuming_goes_on_with_the_same_places() -> None:
     options = {"precondition_frequency": LinearFrequency(2, 7, 40)}
     parameters, optimizer = stepped(13, **options)
     saved, weights = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in parameters]
@@ -99,19 +96,6 @@ def test_the_work_is_balanced() -> None:
         largest = max(refresh_flops(layout, axis) for layout in gpt for axis in layout.axes)
         assert max(load) - min(load) <= largest
         assert max(load) <= sum(load) / period + largest
-
-
-def test_neighbours_that_are_due_together_are_refreshed_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    real = algorithm_module.refresh_eigenbasis_and_moments
-
-    def counting(factors: list, *arguments: object, **options: object) -> object:
-        sizes.append(max(len(factor) for factor in factors if factor is not None))
-        return real(factors, *arguments, **options)
-
-    monkeypatch.setattr(algorithm_module, "refresh_eigenbasis_and_moments", counting)
-    stepped(2, precondition_frequency=1)
-    assert sizes == [3, 1, 1, 1] * 2
 
 
 def test_a_period_longer_than_any_run_is_no_trouble() -> None:

@@ -1,0 +1,1 @@
+"""Stepping parameters that several processes hold: another driver of the same ``soap_step``."""
