@@ -311,7 +311,8 @@ class SOAP(WeightDecayMixin, Optimizer):
             with fp32_matmul_precision(run.group["fp32_matmul_prec"]), without_autocast(run.stacked.kind.device.type):
                 grads = [grad for member in run.members if (grad := member.parameter.grad) is not None]
                 run.move(*run.update(grads, skipped))
-        count_skips(skipped)
+        if skipped:
+            count_skips(skipped)
         return loss
 
     @staticmethod
@@ -342,10 +343,10 @@ class SOAP(WeightDecayMixin, Optimizer):
             group[name] for group in self.param_groups for name in (*OPTIONS, STAGGER_PROCESSES) if name in group
         ]
         same = len(options) == len(self._valid_options) and all(map(is_, options, self._valid_options))
-        if not same or any(isinstance(option, Tensor | list) for option in options):  # these may change in place
-            for group in self.param_groups:
+        for group in self.param_groups:
+            if not same or isinstance(group["lr"], Tensor) or isinstance(group["betas"], list):  # may change in place
                 validate_options(group)
-            self._valid_options = options
+        self._valid_options = options
 
     def _check_gradients(self) -> None:
         """Raises what a step could raise about a gradient, before it changes anything."""

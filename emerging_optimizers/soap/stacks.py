@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from math import prod, sqrt
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,7 +25,7 @@ from emerging_optimizers.soap.due import Due, Schedule
 from emerging_optimizers.soap.incidents import report_skipped_gradient
 from emerging_optimizers.soap.linalg import where_stacked
 from emerging_optimizers.soap.options import name_of
-from emerging_optimizers.soap.state import Layout, Stack, layout_for, new_state, pack, unpack, working_dtype
+from emerging_optimizers.soap.state import Layout, Stack, layout_of, new_state, pack, unpack, working_dtype
 from emerging_optimizers.soap.step import norms, soap_step
 
 #: A stack of several parameters has at most this many elements per state tensor, which bounds the memory of a step.
@@ -299,11 +300,35 @@ def kind_of(parameter: Tensor, held: Tensor, group: Mapping[str, Any], apart: Ha
         group: Its group.
         apart: Whatever else the members of a stack must share.
     """
-    layout = layout_for(parameter, group)
+    kind = _kind(
+        parameter.shape,
+        held.shape,
+        parameter.dtype,
+        parameter.device,
+        group["pack_factors"],
+        group["state_dtype"],
+        group["max_precond_dim"],
+        group["precondition_1d"],
+        group["merge_dims"],
+    )
+    return kind if apart is None else kind._replace(apart=apart)
+
+
+@lru_cache(maxsize=4096)
+def _kind(
+    shape: torch.Size,
+    held: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    pack_factors: bool,
+    state_dtype: torch.dtype | None,
+    *layout_options: Any,
+) -> Kind:
+    layout = layout_of(tuple(shape), *layout_options)
     if not layout.axes:
-        layout = Layout(tuple(held.shape), ())
-    like = (tuple(parameter.shape), layout, working_dtype(parameter), parameter.device)
-    return Kind(*like, group["pack_factors"], group["state_dtype"], apart)
+        layout = Layout(tuple(held), ())
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    return Kind(tuple(shape), layout, working, device, pack_factors, state_dtype)
 
 
 def chunks(kinds: Mapping[Kind, list[Member]]) -> Iterator[tuple[Kind, list[Member]]]:
