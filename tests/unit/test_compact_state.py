@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.parameter_sets import PARAMETER_SETS
+from benchmarks.common import PARAMETER_SETS
 from emerging_optimizers.soap import SOAP, buckets
 from emerging_optimizers.soap import state as state_module
 from emerging_optimizers.soap.layout import layout_for
