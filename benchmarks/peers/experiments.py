@@ -1,9 +1,9 @@
 """Experiments that show how a SOAP behaves, from outside: weights, gradients and state around a step.
 
-    python benchmarks/peers_experiments.py pytorch-optimizer
+    python benchmarks/peers/experiments.py pytorch-optimizer
 
-Prints one JSON object, an answer per experiment, for one of ``benchmarks/peers_subjects.py``.
-``benchmarks/peers_behaviour.py`` runs it for all.
+Prints one JSON object, an answer per experiment, for one of ``subjects.py``.
+``behaviour.py`` runs it for all.
 """
 
 import io
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peers_subjects import (
+from subjects import (
     NAMES,
     SHAPE,
     NoSuchOption,
