@@ -196,6 +196,16 @@ def floor_flops(shapes: list[Shape]) -> int:
     return sum(6 * prod(shape) * sum(shape) for shape in shapes)
 
 
+def race(task: str, rates: dict[str, float | Sequence[float]], seeds: Sequence[int], frequency: int = 10,
+         steps: int | None = None) -> Any:  # fmt: skip
+    """A race of the lab with one thread, which ``play()`` runs; ``rates`` are the optimizers' learning rates."""
+    from emerging_optimizers.lab.options import Options
+    from emerging_optimizers.lab.race import Race
+
+    several = {name: tuple(rate) if isinstance(rate, Sequence) else (rate,) for name, rate in rates.items()}
+    return Race(Options(task, None, several, tuple(seeds), steps, frequency, threads=1))
+
+
 # --- arguments, results, tables, pictures -----------------------------------------------------------------------------
 
 
@@ -217,23 +227,17 @@ def heading(device: str = "cpu") -> dict[str, Any]:
 
 
 def write(path: Path, result: Any) -> None:
-    """Writes JSON in which what holds no other list or object has a line of its own."""
+    """Writes JSON with a line for every object without a list or object in it, and for every list without an object."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_json(result, "") + "\n", encoding="utf-8")
+    path.write_text(_json(result, "\n") + "\n", encoding="utf-8")
 
 
-def _json(value: Any, indent: str) -> str:
-    keyed = isinstance(value, dict)
-    if not isinstance(value, dict | list | tuple):
-        return json.dumps(value)
-    if not any(isinstance(one, dict | list | tuple) for one in (value.values() if keyed else value)):
-        return json.dumps(value)
-    inner = indent + " "
-    lines = [inner + json.dumps(k) + ": " + _json(v, inner) for k, v in value.items()] if keyed else [
-        inner + _json(v, inner) for v in value
-    ]  # fmt: skip
-    first, last = "{}" if keyed else "[]"
-    return f"{first}\n" + ",\n".join(lines) + f"\n{indent}{last}"
+def _json(value: Any, line: str) -> str:
+    if isinstance(value, dict) and any(isinstance(one, dict | list | tuple) for one in value.values()):
+        return "{" + ",".join(f"{line} {json.dumps(k)}: {_json(v, line + ' ')}" for k, v in value.items()) + line + "}"
+    if isinstance(value, list | tuple) and any(isinstance(one, dict) for one in value):
+        return "[" + ",".join(f"{line} {_json(one, line + ' ')}" for one in value) + line + "]"
+    return json.dumps(value)
 
 
 def table(header: str, rows: Iterable[Sequence[object]]) -> str:
