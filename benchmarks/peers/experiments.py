@@ -359,36 +359,11 @@ def state_bytes(subject: Subject) -> float:
 
 
 EXPERIMENTS: tuple[Callable[[Subject], Any], ...] = (
-    first_steps,
-    weight_decay,
-    decay_methods,
-    refreshes_by_default,
-    refreshes_at_4,
-    refresh_order,
-    vector,
-    vector_preconditioned,
-    scalar,
-    row,
-    convolution,
-    convolution_merged,
-    empty,
-    limit,
-    limit_zero,
-    bfloat16_state,
-    resume_float32,
-    resume_bfloat16,
-    nan_gradient,
-    zero_gradients,
-    missing_gradients,
-    gradient_after,
-    sparse_gradient,
-    tensor_rate,
-    names,
-    largest_update,
-    unknown_option,
-    maximize,
-    state_bytes,
-)
+    first_steps, weight_decay, decay_methods, refreshes_by_default, refreshes_at_4, refresh_order, vector,
+    vector_preconditioned, scalar, row, convolution, convolution_merged, empty, limit, limit_zero, bfloat16_state,
+    resume_float32, resume_bfloat16, nan_gradient, zero_gradients, missing_gradients, gradient_after,
+    sparse_gradient, tensor_rate, names, largest_update, unknown_option, maximize, state_bytes,
+)  # fmt: skip
 
 
 def answer(experiment: Callable[[Subject], Any], subject: Subject) -> Any:
