@@ -22,10 +22,18 @@ from emerging_optimizers.lab.tasks import make_task
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.soap_utils import get_eigenbasis_eigh, get_eigenbasis_qr
 
+
+def sorted_qr(factor: Tensor, basis: Tensor) -> Tensor:
+    """One step of orthogonal iteration, the columns of the largest eigenvalues first."""
+    products = factor @ basis
+    order = (basis * products).sum(0).argsort(descending=True)
+    return torch.linalg.qr(products[:, order]).Q
+
+
 METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "before": lambda factor, basis: basis,
     "get_eigenbasis_qr": lambda factor, basis: get_eigenbasis_qr([factor], [basis], factor.diagonal())[0][0],
-    "torch.linalg.qr": lambda factor, basis: torch.linalg.qr(factor @ basis).Q,
+    "torch.linalg.qr": sorted_qr,
     "get_eigenbasis_eigh": lambda factor, basis: get_eigenbasis_eigh([factor])[0],
     "torch.linalg.eigh": lambda factor, basis: torch.linalg.eigh(factor).eigenvectors,
 }
