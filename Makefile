@@ -40,20 +40,19 @@ audit: $(READY)  ## check dependencies: pins, imports, licences (no network; pip
 	$(BIN)/python tools/audit.py
 
 bench: $(READY)  ## time steps beside the peers, refreshes, growth, several processes (15 minutes; leave the machine alone)
-	$(BIN)/python -m benchmarks.step_time --rounds 3
-	$(BIN)/python benchmarks/step_time_plot.py
-	$(BIN)/python -m benchmarks.step_profile
-	$(BIN)/python -m benchmarks.refresh_cost
-	$(BIN)/python -m benchmarks.gram_product
-	$(BIN)/python -m benchmarks.matmul_rates
-	$(BIN)/python -m benchmarks.growth
-	$(BIN)/python -m benchmarks.overhead
-	$(BIN)/python -m benchmarks.scaling
-	$(BIN)/python -m benchmarks.concept
-	$(BIN)/python -m benchmarks.concept_plot
+	$(BIN)/python -m benchmarks.speed.step_time --rounds 3
+	$(BIN)/python -m benchmarks.speed.step_time_plot
+	$(BIN)/python -m benchmarks.speed.step_profile
+	$(BIN)/python -m benchmarks.speed.refresh_cost
+	$(BIN)/python -m benchmarks.speed.growth
+	$(BIN)/python -m benchmarks.speed.overhead
+	$(BIN)/python -m benchmarks.speed.calls
+	$(BIN)/python -m benchmarks.scale.scaling
+	$(BIN)/python -m benchmarks.figures.concept
+	$(BIN)/python -m benchmarks.figures.concept_plot
 
 races: $(READY)  ## race every task over three seeds, for the README's figures (25 minutes; leave the machine alone)
-	$(BIN)/python benchmarks/race.py
+	$(BIN)/python -m benchmarks.figures.race
 
 clean:  ## delete what the targets make, except .venv
 	rm -rf build dist demo races docs/_build .hypothesis .mypy_cache .pytest_cache .ruff_cache

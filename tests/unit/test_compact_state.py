@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.parameter_sets import PARAMETER_SETS
+from benchmarks.common import PARAMETER_SETS
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.state import meta_state, unpack
 from tests.unit.test_checkpoint import through_a_file, trained

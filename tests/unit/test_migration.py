@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers_behaviour import PAIRS, table
+from benchmarks.peers.behaviour import PAIRS, training_table
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.state import layout_of
@@ -30,7 +30,7 @@ PEERS = {
 }
 SHAPE = (6, 4)
 
-#: What the page says of ours, in the words of ``benchmarks/peers_experiments.py``.
+#: What the page says of ours, in the words of ``benchmarks/peers/experiments.py``.
 OURS = {
     "weight_decay": ["lr * weight_decay, of the weights before the update"] * 3,
     "decay_methods": "decoupled 0.005, independent 0.5, l2 not a multiple of the weights, palm refused",
@@ -59,8 +59,8 @@ OURS = {
 @pytest.fixture
 def experiments(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, which finds its neighbour by the folder that it lies in."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("peers_experiments")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks/peers"))
+    return importlib.import_module("experiments")
 
 
 @pytest.mark.parametrize("experiment", OURS)
@@ -225,7 +225,7 @@ def test_the_code_of_the_page_has_the_settings_that_were_compared(section: str) 
 
 
 def test_the_table_of_trainings_is_the_committed_result() -> None:
-    assert "\n".join(table(RESULTS["trainings"])) in PAGE
+    assert training_table(RESULTS["trainings"]) in PAGE
 
 
 @pytest.mark.parametrize("peer", ["heavyball", "pytorch-optimizer", "emerging-optimizers"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import refresh_frequency
+from benchmarks.figures import refresh_frequency
 from emerging_optimizers.health import diagnosis
 from emerging_optimizers.lab.results import score
 from emerging_optimizers.plan import load_model, plan

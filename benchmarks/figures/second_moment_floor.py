@@ -1,17 +1,18 @@
 """The largest update of SOAP's first 30 steps with and without the floor under the second moment.
 
+    python -m benchmarks.figures.second_moment_floor        # seconds; nothing is timed
+
 Gaussian gradients, published defaults, learning rate 1: an update's root mean square, worst over 30 steps, 6 seeds.
-Adam's own bound is 1.17. Results go to ``benchmarks/results/second_moment_floor.json``.
+Adam's own bound is 1.17.
 """
 
-import json
-import platform
-from datetime import UTC, datetime
-from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
-from emerging_optimizers.soap import SOAP, algorithm
+from benchmarks.common import heading, parser, write
+from emerging_optimizers.soap import SOAP, refresh
 
 SHAPES = [(24, 4), (128, 32)]
 
@@ -31,18 +32,15 @@ def worst_rms(shape: tuple[int, ...], dtype: torch.dtype) -> float:
 
 
 def main() -> None:
-    floor, rows = algorithm.raise_to_floor, []
+    given = parser(__doc__, "second_moment_floor.json").parse_args()
+    rows: list[dict[str, Any]] = []
     for shape in SHAPES:
         for dtype in (torch.float32, torch.float64):
-            row = {"shape": shape, "dtype": str(dtype)}
-            for name, function in {"with": floor, "without": lambda v, *_: v}.items():
-                algorithm.raise_to_floor = function
-                row[name] = worst_rms(shape, dtype)
-            rows.append(row)
-            print(row)
-    about = {"date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__, "machine": platform.machine()}
-    path = Path(__file__).parent / "results/second_moment_floor.json"
-    path.write_text(json.dumps(about | {"worst_rms": rows}, indent=1) + "\n")
+            with mock.patch.object(refresh, "raise_to_floor", lambda second_moment, *_: second_moment):
+                without = worst_rms(shape, dtype)
+            rows.append({"shape": shape, "dtype": str(dtype), "with": worst_rms(shape, dtype), "without": without})
+            print(rows[-1])
+    write(given.out, {**heading(), "worst_rms": rows})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Experiments that show how a SOAP behaves, from outside: weights, gradients and state around a step.
 
-    python benchmarks/peers_experiments.py pytorch-optimizer
+    python benchmarks/peers/experiments.py pytorch-optimizer
 
-Prints one JSON object, an answer per experiment, for one of ``benchmarks/peers_subjects.py``.
-``benchmarks/peers_behaviour.py`` runs it for all.
+Prints one JSON object, an answer per experiment, for one of ``subjects.py``.
+``behaviour.py`` runs it for all.
 """
 
 import io
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peers_subjects import (
+from subjects import (
     NAMES,
     SHAPE,
     NoSuchOption,
@@ -359,36 +359,11 @@ def state_bytes(subject: Subject) -> float:
 
 
 EXPERIMENTS: tuple[Callable[[Subject], Any], ...] = (
-    first_steps,
-    weight_decay,
-    decay_methods,
-    refreshes_by_default,
-    refreshes_at_4,
-    refresh_order,
-    vector,
-    vector_preconditioned,
-    scalar,
-    row,
-    convolution,
-    convolution_merged,
-    empty,
-    limit,
-    limit_zero,
-    bfloat16_state,
-    resume_float32,
-    resume_bfloat16,
-    nan_gradient,
-    zero_gradients,
-    missing_gradients,
-    gradient_after,
-    sparse_gradient,
-    tensor_rate,
-    names,
-    largest_update,
-    unknown_option,
-    maximize,
-    state_bytes,
-)
+    first_steps, weight_decay, decay_methods, refreshes_by_default, refreshes_at_4, refresh_order, vector,
+    vector_preconditioned, scalar, row, convolution, convolution_merged, empty, limit, limit_zero, bfloat16_state,
+    resume_float32, resume_bfloat16, nan_gradient, zero_gradients, missing_gradients, gradient_after,
+    sparse_gradient, tensor_rate, names, largest_update, unknown_option, maximize, state_bytes,
+)  # fmt: skip
 
 
 def answer(experiment: Callable[[Subject], Any], subject: Subject) -> Any:

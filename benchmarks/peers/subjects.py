@@ -1,4 +1,4 @@
-"""The implementations of SOAP that ``benchmarks/peers_behaviour.py`` looks at, and what it looks at them with.
+"""The implementations of SOAP that ``behaviour.py`` looks at, and what it looks at them with.
 
 Like the scripts that use it, this imports nothing of the repository: they also run in an environment in which the name
 ``emerging_optimizers`` stands for NVIDIA's package, and find each other because they lie in one folder.

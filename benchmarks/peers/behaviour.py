@@ -1,10 +1,10 @@
 """How the SOAP implementations on PyPI behave, seen from outside, beside ours: the facts of ``docs/migration.md``.
 
-    python -m benchmarks.peers_behaviour
+    python -m benchmarks.peers.behaviour                     # minutes; may install the peers' environment
+    python -m benchmarks.peers.behaviour --peers heavyball   # beside ours only
 
-Runs ``benchmarks/peers_experiments.py`` on each, as a process of its own in the peers' environment (which is made on
-first use), and the training of ``benchmarks/peers_training.py`` with settings as near to each other as the options
-allow. Nobody's source is read. Results go to ``benchmarks/results/peers_behaviour.json``; the tables are printed.
+Runs ``experiments.py`` on each, as a process of its own in the peers' environment (which is made on first use), and
+``training.py`` with settings as near to each other as the options allow. Nobody's source is read.
 """
 
 import json
@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -21,16 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.step_time import ROOT, heading, peers_python
+from benchmarks.common import PACKAGES, ROOT, heading, parser, peers_python, table, write
 
-SCRIPTS = ROOT / "benchmarks"
-RESULTS = ROOT / "benchmarks/results/peers_behaviour.json"
-NVIDIA = "emerging-optimizers==0.3.0"  # it says that it needs Python 3.12; see optimizer_class in the experiments
-MODULES = {
-    "heavyball": "heavyball",
-    "pytorch-optimizer": "pytorch_optimizer",
-    "emerging-optimizers": "emerging_optimizers.soap",
-}
+SCRIPTS = ROOT / "benchmarks/peers"
+NVIDIA = "emerging-optimizers"  # its 0.3.0 says that it needs Python 3.12; see subjects.optimizer_class
 
 
 class Pair(NamedTuple):
@@ -56,10 +49,8 @@ PAIRS = {
         {**COMMON, "betas": (0.95, 0.95), "shampoo_beta": -1, "correct_shampoo_beta_bias": False},
         True,
     ),
-    "emerging-optimizers": Pair("emerging-optimizers", {"lr": 3e-3}, {"lr": 3e-3}, False),
-    "emerging-optimizers, use_eigh": Pair(
-        "emerging-optimizers", {"lr": 3e-3, "use_eigh": True}, {"lr": 3e-3, "use_eigh": True}, False
-    ),
+    NVIDIA: Pair(NVIDIA, {"lr": 3e-3}, {"lr": 3e-3}, False),
+    f"{NVIDIA}, use_eigh": Pair(NVIDIA, {"lr": 3e-3, "use_eigh": True}, {"lr": 3e-3, "use_eigh": True}, False),
 }
 
 
@@ -68,12 +59,12 @@ def python_of(name: str) -> str:
     """The interpreter that has an implementation; NVIDIA's is added to the peers' environment."""
     if name in ("ours", "adamw"):
         return sys.executable
-    python = peers_python()
-    if name == "emerging-optimizers" and "emerging-optimizers" not in installed(python):
+    python = peers_python(name if name != NVIDIA else None)
+    if name == NVIDIA and NVIDIA not in installed(python):
         pip = [python, "-m", "pip", "install", "-q"]
         subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), "absl-py"], check=True)
         # Its requirements are met; --no-deps, since pip would give up torch's build for the index's.
-        subprocess.run([*pip, "--no-deps", "--ignore-requires-python", NVIDIA], check=True)
+        subprocess.run([*pip, "--no-deps", "--ignore-requires-python", f"{NVIDIA}==0.3.0"], check=True)
     return python
 
 
@@ -83,12 +74,12 @@ def installed(python: str) -> dict[str, str]:
     return {one["name"].replace("_", "-"): one["version"] for one in json.loads(listing.stdout)}
 
 
-def run(script: str, name: str, *arguments: str) -> Any:
-    """What a script prints about an implementation; peers print as they like, so the last line counts."""
+def run(name: str, *words: str) -> Any:
+    """What Python prints with an implementation at hand; peers print as they like, so the last line counts."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if name == "ours":
         environment["PYTHONPATH"] = str(ROOT)
-    command = [python_of(name), str(SCRIPTS / script), name, *arguments]
+    command = [python_of(name), *words]
     done = subprocess.run(command, cwd=SCRIPTS, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}\n{done.stderr}")
@@ -97,13 +88,8 @@ def run(script: str, name: str, *arguments: str) -> Any:
 
 def ask(name: str, code: str) -> Any:
     """What a line of Python gives in the environment of an implementation, whose class of optimizer is ``SOAP``."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    if name == "ours":
-        environment["PYTHONPATH"] = str(ROOT)
-    start = f"import inspect, json, pkgutil, peers_subjects; SOAP = peers_subjects.optimizer_class({name!r}); "
-    command = [python_of(name), "-c", f"{start}print(json.dumps({code}))"]
-    done = subprocess.run(command, cwd=SCRIPTS, env=environment, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    start = f"import inspect, json, pkgutil, subjects; SOAP = subjects.optimizer_class({name!r}); "
+    return run(name, "-c", f"{start}print(json.dumps({code}))")
 
 
 def signature(name: str) -> dict[str, str]:
@@ -120,7 +106,7 @@ def functions() -> dict[str, str]:
         members = f"inspect.getmembers(__import__({module!r}, fromlist=['*']), inspect.isfunction)"
         public = f"n[0] != '_' and f.__module__ == {module!r}"
         listing = f"{{n: ', '.join(inspect.signature(f).parameters) for n, f in {members} if {public}}}"
-        found.update(ask("emerging-optimizers", listing))
+        found.update(ask(NVIDIA, listing))
     return found
 
 
@@ -137,7 +123,7 @@ def compare(pair: Pair, folder: Path) -> dict[str, Any]:
     weights = {}
     for label, (subject, options, flags) in contenders.items():
         file = folder / "weights.pt"
-        answer = run("peers_training.py", subject, str(file), json.dumps(options), *flags)
+        answer = run(subject, "training.py", subject, str(file), json.dumps(options), *flags)
         weights[label] = torch.load(file, weights_only=True)
         result[label] = {"losses": [float(f"{loss:.3g}") for loss in answer["losses"]]}
     for label in contenders:
@@ -152,40 +138,41 @@ def distance(theirs: list[Tensor], others: list[Tensor], snapshot: int) -> float
     return float((others[snapshot] - theirs[snapshot]).norm() / (theirs[snapshot] - theirs[0]).norm())
 
 
-def table(trainings: dict[str, Any]) -> Iterator[str]:
-    """The trainings as rows of the page."""
-    yield "| Peer | Training | Seed 0 | Seed 1 | Seed 2 | Distance at 10 | at 200 |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+def training_table(trainings: dict[str, Any]) -> str:
+    """The trainings as the page has them."""
+    rows = []
     for name, training in trainings.items():
         for label, one in training.items():
             if label != "settings":
                 cells = [f"{number:.3g}" for number in one["losses"]]
                 cells += [f"{number:.2f}" for number in one.get("distance", [])] or ["", ""]
-                yield "| " + " | ".join([name if label == "theirs" else "", label, *cells]) + " |"
+                rows.append([name if label == "theirs" else "", label, *cells])
+    return table("Peer | Training | Seed 0 | Seed 1 | Seed 2 | Distance at 10 | at 200", rows)
 
 
 def main() -> None:
-    names = list(MODULES)
-    answers = {name: run("peers_experiments.py", name) for name in ["ours", *names]}
+    arguments = parser(__doc__, "peers_behaviour.json")
+    arguments.add_argument("--peers", default=",".join((*PACKAGES, NVIDIA)))
+    given = arguments.parse_args()
+    names = given.peers.split(",") if given.peers else []
+    answers = {name: run(name, "experiments.py", name) for name in ["ours", *names]}
     with tempfile.TemporaryDirectory() as folder:
-        trainings = {name: compare(pair, Path(folder)) for name, pair in PAIRS.items()}
-    versions = {name: installed(python_of(name))[name] for name in names}
-    signatures = {name: signature(name) for name in ["ours", *names]}
-    packages = "[m.name for m in pkgutil.iter_modules(__import__('emerging_optimizers').__path__)]"
-    api = {"functions": functions(), "modules": ask("emerging-optimizers", packages)}
-    about = {**heading("cpu"), "peers": versions, "heavyball": "compile_mode = None"}
-    experiments = {one: {name: answers[name][one] for name in answers} for one in answers["ours"]}
+        trainings = {name: compare(pair, Path(folder)) for name, pair in PAIRS.items() if pair.peer in names}
     result = {
-        **about,
-        "signatures": signatures,
-        "emerging-optimizers": api,
-        "experiments": experiments,
+        **heading(),
+        "peers": {name: installed(python_of(name))[name] for name in names},
+        "heavyball": "compile_mode = None",
+        "signatures": {name: signature(name) for name in ["ours", *names]},
+        "experiments": {one: {name: answers[name][one] for name in answers} for one in answers["ours"]},
         "trainings": trainings,
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    for experiment, given in experiments.items():
-        print(experiment, *(f"    {name}: {one}" for name, one in given.items()), sep="\n")
-    print(*table(trainings), sep="\n")
+    if NVIDIA in names:
+        packages = "[m.name for m in pkgutil.iter_modules(__import__('emerging_optimizers').__path__)]"
+        result[NVIDIA] = {"functions": functions(), "modules": ask(NVIDIA, packages)}
+    for experiment, found in result["experiments"].items():
+        print(experiment, *(f"    {name}: {one}" for name, one in found.items()), sep="\n")
+    print(training_table(trainings))
+    write(given.out, result)
 
 
 if __name__ == "__main__":

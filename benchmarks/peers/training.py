@@ -1,10 +1,10 @@
 """A small training with one SOAP, the same for all: a network of three matrices learns what another one computes.
 
-    python benchmarks/peers_training.py heavyball weights.pt '{"lr": 0.003}'
-    python benchmarks/peers_training.py ours weights.pt '{"lr": 0.003}' skip-first
+    python benchmarks/peers/training.py heavyball weights.pt '{"lr": 0.003}'
+    python benchmarks/peers/training.py ours weights.pt '{"lr": 0.003}' skip-first
 
 Prints the losses of three seeds; weights go to the file. With "skip-first" the first step has a learning rate of 0.
-``benchmarks/peers_behaviour.py`` runs it for all.
+``behaviour.py`` runs it for all.
 """
 
 import json
@@ -13,7 +13,7 @@ import warnings
 from typing import Any
 
 import torch
-from peers_subjects import Subject
+from subjects import Subject
 from torch import Tensor, nn
 
 WIDTHS = (16, 32, 32, 4)

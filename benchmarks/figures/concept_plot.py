@@ -1,21 +1,22 @@
-"""Draws the pictures of ``docs/concept.md`` from ``benchmarks/results/concept.json``."""
+"""Draws the pictures of ``docs/concept.md`` from ``benchmarks/results/concept.json``.
+
+python -m benchmarks.figures.concept_plot
+"""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
-from benchmarks.concept import ANGLES, turn
+from benchmarks.common import ROOT, parser, plain, save
+from benchmarks.figures.concept import ANGLES, turn
 from emerging_optimizers.lab.plots import STYLES
 from emerging_optimizers.lab.results import LABELS
 
-ROOT = Path(__file__).parent.parent
 WIDTH = 5.2  # inches; narrow, so that the letters stay readable where a phone scales the picture down
 SOAP, ADAMW = (STYLES[name] for name in ("soap", "adamw"))
 TITLES = {"straight": "valley along the axes", "turned": "the same, turned by 45°"}
@@ -27,18 +28,8 @@ def label(axes: Any, text: str, place: tuple[float, float], colour: str, **optio
     axes.text(*place, text, color=colour, bbox=box, **options)
 
 
-def plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2, linewidth=0.6)
-
-
-def save(figure: Any, name: str) -> None:
-    figure.savefig(ROOT / f"docs/concept-{name}.png", dpi=150)
-    plt.close(figure)
-
-
-def draw_valley(result: dict[str, Any]) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 3.1), layout="constrained")
+def draw_valley(figure: Figure, result: dict[str, Any]) -> None:
+    panels = figure.subplots(1, 2)
     side = 5.2
     corners = {"straight": (-2.6, -1.3), "turned": (-4.1, -1.0)}
     words = {
@@ -69,11 +60,9 @@ def draw_valley(result: dict[str, Any]) -> None:
         axes.set_yticks([])
         axes.set_xlabel("first weight")
     panels[0].set_ylabel("second weight")
-    save(figure, "valley")
 
 
-def draw_rates(result: dict[str, Any]) -> None:
-    figure, axes = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
+def draw_rates(axes: Any, result: dict[str, Any]) -> None:
     for name, (colour, _), width in (("adamw", ADAMW, 1.4), ("soap", SOAP, 2.0)):
         for where, dashes, marker in (("straight", ":", "o"), ("turned", "-", "s")):
             sweep = result[f"{name}, {where}"]["sweep"]
@@ -88,12 +77,10 @@ def draw_rates(result: dict[str, Any]) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("learning rate")
     axes.set_ylabel(f"loss after {result['steps']} steps")
-    plain(axes)
-    save(figure, "rates")
 
 
-def draw_basis(result: dict[str, Any]) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 3.0), layout="constrained")
+def draw_basis(figure: Figure, result: dict[str, Any]) -> None:
+    panels = figure.subplots(1, 2)
     for axes, key, title in zip(panels, ("factor", "in_basis"), ("factor K", "QᵀKQ, in its eigenbasis"), strict=True):
         image = axes.imshow(np.array(result[key]), cmap="Blues", vmin=-4, vmax=0, interpolation="nearest")
         axes.set_title(title, fontsize=10)
@@ -102,11 +89,9 @@ def draw_basis(result: dict[str, Any]) -> None:
     bar = figure.colorbar(image, ax=panels, orientation="horizontal", shrink=0.8, aspect=30)
     bar.set_ticks([-4, -3, -2, -1, 0], labels=["≤ 0.0001", "0.001", "0.01", "0.1", "1"])
     bar.set_label("size of an entry, relative to the largest", fontsize=9)
-    save(figure, "basis")
 
 
-def draw_squares(result: dict[str, Any]) -> None:
-    figure, axes = plt.subplots(figsize=(WIDTH, 3.0), layout="constrained")
+def draw_squares(axes: Any, result: dict[str, Any]) -> None:
     for key, colour, words, place in (
         ("squares_in_basis", SOAP[0], "in the eigenbases", (60, 0.72)),
         ("squares", ADAMW[0], "in the weight's own\ncoordinates", (9, 0.24)),
@@ -120,12 +105,9 @@ def draw_squares(result: dict[str, Any]) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel(f"entries of {result['squares']['entries']:,}, largest first")
     axes.set_ylabel("share of the sum of squares")
-    plain(axes)
-    save(figure, "squares")
 
 
-def draw_residual(result: dict[str, Any]) -> None:
-    figure, axes = plt.subplots(figsize=(WIDTH, 3.0), layout="constrained")
+def draw_residual(axes: Any, result: dict[str, Any]) -> None:
     residual = result["residual"]
     axes.plot(range(1, len(residual) + 1), residual, color=SOAP[0], linewidth=1.2)
     axes.axhline(result["off_diagonal"], color=ADAMW[0], linestyle=":", linewidth=1.4)
@@ -137,12 +119,9 @@ def draw_residual(result: dict[str, Any]) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("step")
     axes.set_ylabel("residual: off-diagonal share")
-    plain(axes)
-    save(figure, "residual")
 
 
-def draw_frequency(result: dict[str, Any]) -> None:
-    figure, axes = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
+def draw_frequency(axes: Any, result: dict[str, Any]) -> None:
     for key, words, (colour, dashes), up in (
         ("adamw", "AdamW", ADAMW, 4),
         ("soap, 100", "SOAP, every 100", STYLES["muon"], -2),
@@ -161,18 +140,31 @@ def draw_frequency(result: dict[str, Any]) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss, nats")
     axes.set_xlim(0, 300)
-    plain(axes)
-    save(figure, "frequency")
 
 
 def main() -> None:
-    result = json.loads((ROOT / "benchmarks/results/concept.json").read_text())
-    draw_valley(result["valley"])
-    draw_rates(result["valley"])
-    draw_basis(result["basis"])
-    draw_squares(result["basis"])
-    draw_residual(result["basis"])
-    draw_frequency(result["frequency"])
+    arguments = parser(__doc__, "concept.json")
+    arguments.add_argument("--pictures", type=Path, default=ROOT / "docs", help="the folder for the pictures")
+    given = arguments.parse_args()
+    result = json.loads(given.out.read_text())
+    pictures: dict[str, tuple[Callable[[Any, dict[str, Any]], None], str, float]] = {
+        "valley": (draw_valley, "valley", 3.1),
+        "rates": (draw_rates, "valley", 3.4),
+        "basis": (draw_basis, "basis", 3.0),
+        "squares": (draw_squares, "basis", 3.0),
+        "residual": (draw_residual, "basis", 3.0),
+        "frequency": (draw_frequency, "frequency", 3.4),
+    }
+    for name, (draw, part, height) in pictures.items():
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        if draw in (draw_valley, draw_basis):
+            draw(figure, result[part])
+        else:
+            axes = figure.subplots()
+            draw(axes, result[part])
+            plain(axes)
+            axes.grid(alpha=0.2, linewidth=0.6)
+        save(figure, given.pictures / f"concept-{name}.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What the pictures of ``docs/concept.md`` show, measured with the library's SOAP and torch's AdamW.
 
-    python -m benchmarks.concept             # two minutes of one core; nothing is timed
-    python -m benchmarks.concept valley      # only that part, the others stay
-    python -m benchmarks.concept_plot        # the pictures, from the result file
+    python -m benchmarks.figures.concept             # two minutes of one core; nothing is timed
+    python -m benchmarks.figures.concept valley      # only that part, the others stay
+    python -m benchmarks.figures.concept_plot        # the pictures, from the result file
 
 Three parts:
 
@@ -19,30 +19,24 @@ is that of ``health.examine`` after every step; the factor is kept as it is and 
 the mean squares of the next period's gradients, in which that basis stands, are kept as they are and in the bases.
 
 ``frequency``: the race `digits` at refresh frequencies 1, 10 and 100 and the learning rate tuned at 10, beside AdamW at
-its own. Results go to ``benchmarks/results/concept.json``.
+its own.
 """
 
 import json
 import math
-import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common import heading, parser, race, write
 from emerging_optimizers.health import examine
-from emerging_optimizers.lab.machine import machine, versions
 from emerging_optimizers.lab.optimizers import BETAS, tuned_rate
-from emerging_optimizers.lab.options import Options
-from emerging_optimizers.lab.race import Race
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.soap import precondition
 
-RESULT = Path(__file__).parent / "results" / "concept.json"
 FREQUENCY = 10
 
 ANGLES = {"straight": 0.0, "turned": math.pi / 4}
@@ -151,8 +145,8 @@ def shares(squares: Tensor, count: int = 200) -> dict[str, Any]:
 
 def basis() -> dict[str, Any]:
     rate = tuned_rate("digits", "soap")
-    race = Race(Options("digits", None, {"soap": (rate,)}, (0,), BASIS_STEPS, FREQUENCY, 1))
-    (run,) = race.runs
+    digits = race("digits", {"soap": rate}, [0], FREQUENCY, BASIS_STEPS)
+    (run,) = digits.runs
     (optimizer,) = run.contender.optimizers
     weight = dict(run.model.named_parameters())[WEIGHT]
     grads: list[Tensor] = []
@@ -160,7 +154,7 @@ def basis() -> dict[str, Any]:
     residuals: list[float] = []
     found: dict[str, Any] = {"task": "digits", "weight": WEIGHT, "shape": list(weight.shape), "axis": AXIS}
     bases: list[Tensor] = []
-    for _ in race.play():
+    for _ in digits.play():
         examined = examine(optimizer, names=run.model.named_parameters(), exact_spectra=False)
         (tensor,) = (tensor for tensor in examined.tensors if tensor.name == WEIGHT)
         residuals.append(round(tensor.factors[AXIS].residual, 4))
@@ -186,10 +180,10 @@ def frequency() -> dict[str, Any]:
     found: dict[str, Any] = {"task": "digits", "seeds": len(SEEDS)}
     for name, steps in [("adamw", FREQUENCY), *(("soap", f) for f in FREQUENCIES)]:
         rate = tuned_rate("digits", name)
-        race = Race(Options("digits", None, {name: (rate,)}, SEEDS, None, steps, 1))
-        for _ in race.play():
+        digits = race("digits", {name: rate}, SEEDS, steps)
+        for _ in digits.play():
             pass
-        records = [run.record for run in race.runs]
+        records = [run.record for run in digits.runs]
         best = [min(record.validation) for record in records]
         key = name if name == "adamw" else f"soap, {steps}"
         found[key] = {
@@ -204,28 +198,17 @@ def frequency() -> dict[str, Any]:
     return found
 
 
-def written(parts: dict[str, Any]) -> str:
-    """JSON with a line per entry of every part."""
-    lines = [
-        f"{json.dumps(part)}: "
-        + (
-            "{\n  " + ",\n  ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in content.items()) + "\n }"
-            if isinstance(content, dict)
-            else json.dumps(content)
-        )
-        for part, content in parts.items()
-    ]
-    return "{\n " + ",\n ".join(lines) + "\n}\n"
-
-
 def main() -> None:
-    torch.set_num_threads(1)
     parts: dict[str, Callable[[], dict[str, Any]]] = {"valley": valley, "basis": basis, "frequency": frequency}
-    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    result |= {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions()}
-    for name in sys.argv[1:] or parts:
+    arguments = parser(__doc__, "concept.json")
+    arguments.add_argument("parts", nargs="*", default=[*parts], help=f"of {', '.join(parts)}")
+    given = arguments.parse_args()
+    torch.set_num_threads(1)
+    result = json.loads(given.out.read_text()) if given.out.exists() else {}
+    result |= heading()
+    for name in given.parts:
         result[name] = parts[name]()
-        RESULT.write_text(written(result))
+        write(given.out, result)
 
 
 if __name__ == "__main__":

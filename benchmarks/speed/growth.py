@@ -1,8 +1,8 @@
 """How the mean time of an optimizer step grows with the width and with the number of layers, SOAP's beside torch's.
 
-    python -m benchmarks.growth                 # three minutes on two cores; leave the machine alone
-    python -m benchmarks.growth --redraw        # only the picture, from the result file
-    python -m benchmarks.growth --widths 16,32 --layers 1,2 --rounds 1 --seconds 0 \
+    python -m benchmarks.speed.growth                 # three minutes on two cores; leave the machine alone
+    python -m benchmarks.speed.growth --redraw        # only the picture, from the result file
+    python -m benchmarks.speed.growth --widths 16,32 --layers 1,2 --rounds 1 --seconds 0 \
         --out growth.json --picture growth.png  # a dry run, seconds
 
 The weights are a GPT's, without embeddings: 2 layers of each width, and each number of layers of width 128. All
@@ -12,7 +12,6 @@ that of ``step_time.py``, but at the rate of one d x d product at a time, d the 
 Batched products of small matrices may be faster than that.
 """
 
-import argparse
 import json
 import time
 from math import prod
@@ -20,15 +19,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter
 
-from benchmarks.parameter_sets import gpt
-from benchmarks.step_time import ROOT, available, floor_flops, heading, matmul_rate, warm_trial
-from benchmarks.step_time_plot import COLOURS
+from benchmarks.common import (
+    COLOURS,
+    ROOT,
+    floor_flops,
+    gpt,
+    heading,
+    matmul_rate,
+    parser,
+    plain,
+    save,
+    warm_trial,
+    write,
+)
 
 OPTIMIZERS = "soap,adamw,muon"
 LABELS = {"soap": "SOAP", "adamw": "AdamW, fused", "muon": "Muon"}
@@ -66,12 +72,12 @@ def measure(width: int, layers: int, optimizers: list[str], rounds: int, seconds
     }
 
 
-def table(point: dict[str, Any]) -> str:
+def line_of(point: dict[str, Any]) -> str:
     cells = [f"d={point['width']}", f"{point['layers']} layers", f"{point['parameters'] / 1e6:.2f}M"]
     cells.append(f"floor {point['floor_ms']:.3g} ms at {point['gflops']} GFLOP/s")
     for name, line in point["optimizers"].items():
         cells.append(f"{name} {line['mean_ms']:.3g} ms ({line['over_floor']} x)")
-    return "| " + " | ".join(cells) + " |"
+    return ", ".join(cells)
 
 
 def draw(points: list[dict[str, Any]], picture: Path) -> None:
@@ -79,8 +85,9 @@ def draw(points: list[dict[str, Any]], picture: Path) -> None:
         ("width", f"width d, {LAYERS} layers", [point for point in points if point["layers"] == LAYERS]),
         ("layers", f"layers, d = {WIDTH}", [point for point in points if point["width"] == WIDTH]),
     )
-    figure, both = plt.subplots(1, 2, figsize=(9, 3.6), squeeze=False)
-    for axes, (key, label, shown) in zip(both.flat, panels, strict=True):
+    figure = Figure(figsize=(9, 3.6))
+    both = figure.subplots(1, 2)
+    for axes, (key, label, shown) in zip(both, panels, strict=True):
         shown = sorted(shown, key=lambda point: point[key])
         places = [point[key] for point in shown]
         axes.plot(places, [point["floor_ms"] for point in shown], color="black", linewidth=1, label="floor")
@@ -96,35 +103,30 @@ def draw(points: list[dict[str, Any]], picture: Path) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
         axes.set_ylabel("ms per step, mean")
-        axes.spines[["top", "right"]].set_visible(False)
-    both[0, 0].legend(fontsize=8, frameon=False)
+        plain(axes)
+    both[0].legend(fontsize=8, frameon=False)
     figure.tight_layout()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=130)
+    save(figure, picture)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", default="64,128,256,384,512", help=f"of {LAYERS} layers")
-    parser.add_argument("--layers", default="1,2,4,8,16,32", help=f"of width {WIDTH}")
-    parser.add_argument("--optimizers", default=OPTIMIZERS, help=f"of {OPTIMIZERS}")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/growth.json")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs/growth.png")
-    parser.add_argument("--redraw", action="store_true", help="measure nothing, draw what --out has")
-    given = parser.parse_args()
+    arguments = parser(__doc__, "growth.json", device=True)
+    arguments.add_argument("--widths", default="64,128,256,384,512", help=f"of {LAYERS} layers")
+    arguments.add_argument("--layers", default="1,2,4,8,16,32", help=f"of width {WIDTH}")
+    arguments.add_argument("--optimizers", default=OPTIMIZERS, help=f"of {OPTIMIZERS}")
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--seconds", type=float, default=2.0)
+    arguments.add_argument("--picture", type=Path, default=ROOT / "docs/growth.png")
+    arguments.add_argument("--redraw", action="store_true", help="measure nothing, draw what --out has")
+    given = arguments.parse_args()
     if not given.redraw:
         wanted = {(int(width), LAYERS) for width in given.widths.split(",")}
         wanted |= {(WIDTH, int(layers)) for layers in given.layers.split(",")}
-        optimizers = available(given.optimizers.split(","))
-        points = []
+        optimizers, points = given.optimizers.split(","), []
         for width, layers in sorted(wanted):
             points.append(measure(width, layers, optimizers, given.rounds, given.seconds, given.device))
-            print(table(points[-1]), flush=True)
-        result = {**heading(given.device), "frequency": FREQUENCY, "points": points}
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+            print(line_of(points[-1]), flush=True)
+        write(given.out, {**heading(given.device), "frequency": FREQUENCY, "points": points})
     draw(json.loads(given.out.read_text())["points"], given.picture)
 
 
