@@ -6,7 +6,9 @@ nothing is written, and the exit code is 1 where a page is out of date.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import json
 import re
 import statistics
@@ -14,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 REGION = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -290,6 +293,18 @@ def shares() -> str:
     return markdown(("Frequency", "Tokens per step", *models), rows)
 
 
+def planned() -> str:
+    """What ``soap plan`` prints."""
+    from emerging_optimizers.lab.cli import main
+
+    words = ["plan", "gpt2", "--tokens", "524288", "--memory", "2.5GB"]
+    printed = io.StringIO()
+    with mock.patch.dict("os.environ", COLUMNS="100"), contextlib.redirect_stdout(printed):
+        main(words)
+    lines = "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
+    return f"```text\n$ soap {' '.join(words)}\n{lines}\n```"
+
+
 def trainings() -> str:
     """The same training with each peer."""
     rows = []
@@ -315,6 +330,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "concept": concept,
     "second-moment-floor": second_moment_floor,
     "shares": shares,
+    "plan": planned,
     "trainings": trainings,
 }
 
