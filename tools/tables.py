@@ -13,7 +13,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -55,10 +55,14 @@ def label(name: str) -> str:
     return LABELS.get(name, name)
 
 
+def place(name: str) -> int:
+    """Where an optimizer comes in a table: in the order of `LABELS`, or behind all of them."""
+    return list(LABELS).index(name) if name in LABELS else len(LABELS)
+
+
 def in_order(names: Iterable[str]) -> list[str]:
-    """Put optimizers into the order of `LABELS`, and those that it does not have behind them."""
-    order = list(LABELS)
-    return sorted(dict.fromkeys(names), key=lambda name: order.index(name) if name in order else len(order))
+    """Put optimizers into the order of a table, each once."""
+    return sorted(dict.fromkeys(names), key=place)
 
 
 def milliseconds(value: float) -> str:
@@ -94,14 +98,9 @@ def options(ours: bool) -> str:
     rows = []
     for name in names[published:] if ours else names[1:published]:  # the first is `params`
         default = defaults[name]
-        shown = (
-            ""
-            if default is inspect.Parameter.empty
-            else f'`"{default}"`'
-            if isinstance(default, str)
-            else f"`{default}`"
-        )
-        rows.append((f"`{name}`", shown, from_docstring(meanings[name])))
+        shown = f'"{default}"' if isinstance(default, str) else str(default)
+        default_cell = "" if default is inspect.Parameter.empty else f"`{shown}`"
+        rows.append((f"`{name}`", default_cell, from_docstring(meanings[name])))
     return markdown(("Option", "Default", "Meaning"), rows)
 
 
@@ -111,35 +110,36 @@ def from_docstring(text: str) -> str:
     return re.sub(r":\w+:`~?([^`]*)`|``([^`]*)``", lambda code: f"`{code[1] or code[2]}`", text).replace("|", "\\|")
 
 
+def all_races() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Name, metric and summaries of each race, a summary per optimizer."""
+    for path in sorted((ROOT / "benchmarks/results").glob("race-*.json")):
+        race = results(path.stem)
+        yield race["task"]["name"], race["task"]["metric"], {line["optimizer"]: line for line in race["summary"]}
+
+
 def races() -> str:
     """The lowest validation score of each optimizer in each race, and how soon it was at AdamW's best."""
-    found = {path.stem: results(path.stem) for path in sorted((ROOT / "benchmarks/results").glob("race-*.json"))}
-    optimizers = in_order(line["optimizer"] for race in found.values() for line in race["summary"])
+    optimizers = in_order(name for _, _, lines in all_races() for name in lines)
     rows = []
-    for race in found.values():
-        lines = {line["optimizer"]: line for line in race["summary"]}
-        leads = [min(seed) for seed in zip(*(line["best_by_seed"] for line in lines.values()), strict=True)]
-        cells = []
-        for name in optimizers:
-            cell = score(lines[name]["best"]) if name in lines else "not raced"
-            if name in lines and lines[name]["best_by_seed"] == leads:
-                cell = f"**{cell}**"
-            if name in lines and name != "adamw" and lines[name]["step_fraction"] is not None:
-                cell += f" ({lines[name]['step_fraction']:.0%}, {lines[name]['second_fraction']:.0%})"
-            cells.append(cell)
-        rows.append((f"`{race['task']['name']}`: {race['task']['metric']}", *cells))
+    for task, metric, lines in all_races():
+        leads = list(map(min, *(line["best_by_seed"] for line in lines.values())))
+        cells = dict.fromkeys(optimizers, "not raced")
+        for name, line in lines.items():
+            bold = "**" if line["best_by_seed"] == leads else ""
+            cells[name] = f"{bold}{score(line['best'])}{bold}"
+            if name != "adamw" and line["step_fraction"] is not None:
+                cells[name] += f" ({line['step_fraction']:.0%}, {line['second_fraction']:.0%})"
+        rows.append((f"`{task}`: {metric}", *cells.values()))
     return markdown(("Task", *map(label, optimizers)), rows)
 
 
 def race_costs() -> str:
     """What a step took in the races, and the state."""
     rows = []
-    for path in sorted((ROOT / "benchmarks/results").glob("race-*.json")):
-        race = results(path.stem)
-        lines = {line["optimizer"]: line for line in race["summary"]}
+    for task, _, lines in all_races():
         for name in in_order(lines):
             times = [milliseconds(1000 * lines[name][key]) for key in ("median_step", "worst_step")]
-            rows.append((f"`{race['task']['name']}`", label(name), *times, f"{lines[name]['bytes_per_parameter']:.1f}"))
+            rows.append((f"`{task}`", label(name), *times, f"{lines[name]['bytes_per_parameter']:.1f}"))
     return markdown(("Task", "Optimizer", "Median step, ms", "Worst step, ms", "State, bytes per parameter"), rows)
 
 
@@ -150,7 +150,7 @@ def learning_rates() -> str:
         best = float("inf") if run["diverged"] else run["best"]
         scores.setdefault((run["task"], run["optimizer"]), {}).setdefault(run["lr"], []).append(best)
     rows = []
-    for task, optimizer in sorted(scores, key=lambda pair: (pair[0], list(LABELS).index(pair[1]))):
+    for task, optimizer in sorted(scores, key=lambda pair: (pair[0], place(pair[1]))):
         medians = {lr: statistics.median(found) for lr, found in sorted(scores[task, optimizer].items())}
         best = min(medians, key=lambda lr: medians[lr])
         cells = [f"**{lr:g}: {score(m)}**" if lr == best else f"{lr:g}: {score(m)}" for lr, m in medians.items()]
@@ -213,10 +213,7 @@ def state_size() -> str:
         if name in SETS
     ]
     rows += [
-        (
-            f"{SETS[name]}: allocated at most in a step, MiB",
-            *(f"{sizes[mode]['refresh_step_mib']:.0f}" for mode in modes),
-        )
+        (f"{SETS[name]}: most in a step, MiB", *(f"{sizes[mode]['refresh_step_mib']:.0f}" for mode in modes))
         for name, sizes in result["memory_of_a_step"].items()
     ]
     losses = [[seed["validation"] for seed in result["charlm"][mode].values()] for mode in modes]
@@ -266,12 +263,7 @@ def concept() -> str:
 def second_moment_floor() -> str:
     """The longest update with and without the floor under the second moment."""
     rows = [
-        (
-            "x".join(map(str, case["shape"])),
-            case["dtype"].removeprefix("torch."),
-            f"{case['with']:.2g}",
-            f"{case['without']:.2g}",
-        )
+        (str(case["shape"]), case["dtype"].removeprefix("torch."), f"{case['with']:.2f}", f"{case['without']:,.0f}")
         for case in results("second_moment_floor")["worst_rms"]
     ]
     return markdown(("Shape", "dtype", "With the floor", "Without"), rows)
@@ -286,10 +278,8 @@ def shares() -> str:
     rows = []
     for frequency in (1, 10):
         for count in tokens:
-            found = [
-                plan(load_model(m), tokens_per_step=count, precondition_frequency=frequency).overhead() for m in models
-            ]
-            rows.append((f"{frequency}", f"{count:,}", *(f"{100 * (share or 0):.2g}%" for share in found)))
+            plans = [plan(load_model(name), tokens_per_step=count, precondition_frequency=frequency) for name in models]
+            rows.append((f"{frequency}", f"{count:,}", *(f"{100 * (one.overhead() or 0):.2g}%" for one in plans)))
     return markdown(("Frequency", "Tokens per step", *models), rows)
 
 
@@ -309,9 +299,9 @@ def trainings() -> str:
     """The same training with each peer."""
     rows = []
     for peer, training in results("peers_behaviour")["trainings"].items():
-        for label, one in training.items():
-            if label != "settings":
-                rows.append((peer if label == "theirs" else "", label, *(f"{loss:.3g}" for loss in one["losses"])))
+        for whose, one in training.items():
+            if whose != "settings":
+                rows.append((peer if whose == "theirs" else "", whose, *(f"{loss:.3g}" for loss in one["losses"])))
     return markdown(("Peer", "Training", "Seed 0", "Seed 1", "Seed 2"), rows)
 
 
