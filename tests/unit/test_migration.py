@@ -121,6 +121,21 @@ def test_a_state_of_adamw_or_a_peer_is_refused(keys: list[str]) -> None:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: foreign}})
 
 
+def test_a_state_of_adamw_goes_on_where_every_group_is_adamw() -> None:
+    weights = [nn.Parameter(torch.ones(SHAPE)) for _ in range(2)]
+    adamw = torch.optim.AdamW(weights[:1], lr=0.1)
+    soap = SOAP(weights[1:], lr=0.1, max_precond_dim=0)
+    for step in range(4):
+        if step == 2:
+            soap.load_state_dict(adamw.state_dict())
+            weights[1].data.copy_(weights[0].data)
+        for weight, optimizer in zip(weights, (adamw, soap), strict=True):
+            weight.grad = torch.arange(24.0).reshape(SHAPE) - 10 * step
+            if optimizer is adamw or step >= 2:
+                optimizer.step()
+    torch.testing.assert_close(*weights)
+
+
 @pytest.mark.parametrize("option", ["amsgrad", "foreach", "capturable", "differentiable", "fused"])
 def test_what_only_adamw_has_is_kept_in_a_group_and_does_nothing(option: str) -> None:
     with pytest.raises(TypeError, match=option):
