@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> int:
     Returns:
         The exit code.
     """
-    sources = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+    sources = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
     found = list(problems(ROOT, sources))
     pages = 0
     for folder in arguments:

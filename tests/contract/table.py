@@ -1,13 +1,11 @@
-"""The contract as a table for the README: ``python -m tests.contract.table`` prints it."""
+"""The contract as a table, which ``tools/tables.py`` writes into ``docs/contract.md``."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- contract table -->", "<!-- end of contract table -->"
 SUBJECTS = (
     "test_construction",
     "test_options",
@@ -54,13 +52,3 @@ def sentence(test: Callable[..., None]) -> str:
 def markdown() -> str:
     rows = [f"| {sentence(test)} | {verdict(test, 'AdamW')} | {verdict(test, 'SOAP')} |" for test in tests()]
     return "\n".join(["| What is tested | AdamW | SOAP |", "| --- | --- | --- |", *rows])
-
-
-def table_in(document: Path) -> str:
-    """The lines between the two marks of a document; empty where it has none."""
-    _, found, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-    return rest.partition(END)[0].strip() if found else ""
-
-
-if __name__ == "__main__":
-    print(markdown())
