@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -32,6 +33,38 @@ class Entry(NamedTuple):
     options: Mapping[str, Any]
     state: Mapping[str, Any]
     weight: Tensor | None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether another process has the tensors: those here are empty, also that of a counter."""
+        counter = self.state.get("skipped_steps")
+        return isinstance(counter, Tensor) and counter.dim() > 0
+
+    def tensor(self, key: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor of the state, put together where it is a DTensor of a state dict, which is a collective.
+
+        Raises:
+            ValueError: It is not there, has another shape, or cannot be computed with.
+        """
+        value = self.state.get(key)
+        if (
+            not isinstance(value, Tensor)
+            or value.is_meta
+            or not (value.layout == torch.strided and value.is_floating_point())
+        ):
+            got = "nothing" if value is None else str(getattr(value, "dtype", type(value).__name__))
+            raise ValueError(f"the state {key!r} of {self.name} must be a dense tensor of real numbers, got {got}")
+        if shape is not None and tuple(value.shape) != shape:
+            raise ValueError(f"the state {key!r} of {self.name} must have shape {shape}, got {tuple(value.shape)}")
+        return _whole(value.detach())
+
+    def count(self, key: str) -> int:
+        """A counter of the state, 0 where it is not there: a tensor of one element, or a number in older states."""
+        value = self.state.get(key, 0)
+        try:
+            return int(_whole(value.detach()).item() if isinstance(value, Tensor) else value)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"the state {key!r} of {self.name} must be a whole number, got {value!r}") from error
 
 
 def entries(
@@ -61,15 +94,10 @@ def entries(
         missing = [option for option in SOAP_OPTIONS if option not in group]
         if missing:
             raise ValueError(f"source must be SOAP's: parameter group {index} has no option {missing[0]!r}")
-    keys = [key for group in groups for key in group["params"]]
-    found = _names(keys, groups, names)
-    options = [group for group in groups for _ in group["params"]]
-    for name, key, group in zip(found, keys, options, strict=True):
+    options = [(key, group) for group in groups for key in group["params"]]
+    for name, (key, group) in zip(_names([key for key, _ in options], groups, names), options, strict=True):
         state = states.get(key)  # never by [], which would make an entry
-        if isinstance(key, Tensor):
-            weight: Tensor | None = local_tensor(key).detach()
-        else:
-            weight = (weights or {}).get(name)
+        weight = local_tensor(key).detach() if isinstance(key, Tensor) else (weights or {}).get(name)
         if not isinstance(state, Mapping | None):
             raise ValueError(f"the state of {name} must be a dict, got {type(state).__name__}")
         yield Entry(name, group, state or {}, weight if isinstance(weight, Tensor) else None)
@@ -112,18 +140,13 @@ def _names(keys: list[Any], groups: list[Mapping[str, Any]], names: Names | None
     return [by_identity.get(id(key), name) for key, name in zip(keys, found, strict=True)]
 
 
-def whole(value: Tensor) -> Tensor:
-    """A plain tensor as it is; a DTensor of a distributed state dict put together, which is a collective.
-
-    Raises:
-        ValueError: It cannot be put together: its processes are gone.
-    """
+def _whole(value: Tensor) -> Tensor:
     if not is_dtensor(value):
         return value
-    given: Any = value.detach()
+    given: Any = value
     try:
         full: Tensor = given.to(given.device_mesh.device_type).full_tensor()
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:  # its processes are gone
         raise ValueError(
             "source has DTensors, which only their processes can put together: let each of them call this on "
             "optimizer.state_dict(), or save the full state"
