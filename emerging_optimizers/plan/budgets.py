@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -163,17 +164,9 @@ def _changes(asked: Plan) -> Iterator[tuple[Change, ...]]:
         "pack_factors": [] if options["pack_factors"] else [True],
     }
 
-    def combine(names: list[str]) -> Iterator[tuple[Change, ...]]:
-        if not names:
-            yield ()
-            return
-        first, *rest = names
-        yield from combine(rest)
-        for value in ladders[first]:
-            for others in combine(rest):
-                yield (*others, Change(first, value, RISKS[first]))
-
-    return combine(list(ladders))
+    for values in product(*([None, *ladder] for ladder in ladders.values())):
+        changed = [(option, value) for option, value in zip(ladders, values, strict=True) if value is not None]
+        yield tuple(Change(option, value, RISKS[option]) for option, value in reversed(changed))
 
 
 def _more_ranks(model: Model, budget: Budget, asked: Plan, arguments: dict[str, Any]) -> Plan | None:
