@@ -17,10 +17,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from emerging_optimizers.lab import cli, display
-from emerging_optimizers.lab.options import Options
-from emerging_optimizers.lab.printable import printable
-from emerging_optimizers.lab.race import Race
+from emerging_optimizers.lab import cli
+from emerging_optimizers.lab.common import printable
+from emerging_optimizers.lab.race import display
+from emerging_optimizers.lab.race.race import Options, Race
 from tests.lab.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -461,7 +461,7 @@ def watch(event, arguments):
     if event == "subprocess.Popen" and not isinstance(arguments[1], (list, tuple)):
         seen.append((event, repr(arguments)))
 from emerging_optimizers.lab.cli import main
-import torch, matplotlib.figure, emerging_optimizers.lab.report
+import torch, matplotlib.figure, emerging_optimizers.lab.race.report
 sys.addaudithook(watch)
 code = main(sys.argv[1:])
 print(seen or "nothing seen")

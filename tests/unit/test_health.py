@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from emerging_optimizers.health import Health, HealthMonitor, TensorHealth, concern, examine
 from emerging_optimizers.health.diagnosis import threshold_rows
-from emerging_optimizers.lab.optimizers import tuned_rate
-from emerging_optimizers.lab.race import learning_rate_factor
+from emerging_optimizers.lab.race.optimizers import tuned_rate
+from emerging_optimizers.lab.race.race import learning_rate_factor
 from emerging_optimizers.lab.tasks import make_task
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.soap import SOAP

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import refresh_frequency
 from emerging_optimizers.health import diagnosis
-from emerging_optimizers.lab.results import score
+from emerging_optimizers.lab.race.verdict import score
 from emerging_optimizers.plan import load_model, plan
 
 ROOT = Path(__file__).parents[2]

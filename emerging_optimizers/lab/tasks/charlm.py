@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emerging_optimizers.lab.errors import LabError
-from emerging_optimizers.lab.tasks.protocol import step_generator
+from emerging_optimizers.lab.common import LabError
+from emerging_optimizers.lab.tasks import step_generator
 
 CONTEXT = 128  # characters that the model sees
 BATCH = 16  # windows per step: 2,048 characters

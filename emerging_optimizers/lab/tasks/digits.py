@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emerging_optimizers.lab.tasks.protocol import step_generator
+from emerging_optimizers.lab.tasks import step_generator
 
 BATCH = 128
 

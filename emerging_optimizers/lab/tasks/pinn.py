@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from emerging_optimizers.lab.tasks.protocol import step_generator
+from emerging_optimizers.lab.tasks import step_generator
 
 VISCOSITY = 0.05 / math.pi  # a front that a short run can resolve; 0.01 / pi is the literature's harder choice
 POINTS = 1024  # collocation points per step

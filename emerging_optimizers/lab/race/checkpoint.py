@@ -1,52 +1,18 @@
-"""Files that are either whole or not there: a crash at any moment leaves the previous version readable."""
+"""The state of a stopped race, in a file that is either whole or not there."""
 
 from __future__ import annotations
 
 import io
-import json
-import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from emerging_optimizers.lab.errors import LabError
+from emerging_optimizers.lab.common import LabError, read_results, temporary, write_atomically
 
 CHECKPOINT = "checkpoint.pt"
 RESULTS = "results.json"
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that its name always stands for one complete version.
-
-    Args:
-        path: the file; its folder exists.
-        write: writes the whole content into a binary file handle.
-    """
-    # In the same folder, as a rename is atomic only within one file system; a fixed name, so that the leftover of a
-    # crash is overwritten by the next attempt.
-    temporary = _temporary(path)
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())  # the content is on the disk before the name points to it
-        os.replace(temporary, path)
-    except BaseException:  # a full disk is not to stay full of half a file
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is already durable
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
@@ -60,15 +26,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
 def discard(folder: Path) -> None:
     """Delete a checkpoint, if there is one, and what a kill during a save has left."""
     (folder / CHECKPOINT).unlink(missing_ok=True)
-    _temporary(folder / CHECKPOINT).unlink(missing_ok=True)
-
-
-def _unfinished(file: Path) -> bool:
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(results, dict) and results.get("finished") is False
+    temporary(folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -78,7 +36,7 @@ def load(folder: Path) -> dict[str, Any]:
         LabError: there is no checkpoint, or it cannot be read, or a byte of it is not what was written.
     """
     path = folder / CHECKPOINT
-    if not path.exists() and _unfinished(folder / RESULTS):
+    if not path.exists() and read_results(folder / RESULTS).get("finished") is False:
         reason = "it was stopped before its first checkpoint, which comes after a minute: start it again"
         raise LabError(f"--resume {folder}: {reason}")
     if not path.exists():

@@ -2,22 +2,74 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-import torch
+import typer
 
-from emerging_optimizers.health import Health, TensorHealth, examine
-from emerging_optimizers.lab.errors import LabError
-from emerging_optimizers.lab.printable import printable
+from emerging_optimizers.lab.common import (
+    LabError,
+    claim_folder,
+    make_console,
+    make_table,
+    printable,
+    require,
+    tell,
+    write_text,
+)
+from emerging_optimizers.lab.names import files, flag, option
+from emerging_optimizers.lab.page import escape, plain_axes, render_page, render_svg, render_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from emerging_optimizers.health import Health, TensorHealth
 
 FORMAT = "soap-inspect/1"
+RESULTS = "health.json"
+PAGE = "health.html"
 OPTIMIZER_KEYS = ("optimizer", "optim", "optimizer_state_dict", "optimizer_states", "optimizers")
 MODEL_KEYS = ("model", "state_dict", "model_state_dict", "model_state")
+COLUMNS = ("tensor", "shape", "age", "residual", "orth.", "rank", "cond.", "update", "/ weight")
+
+
+def inspect(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="file of torch.save: an optimizer's state dict or a dict with one",
+            autocompletion=files,
+        ),
+    ],
+    out: Annotated[Path | None, option("FOLDER", "for a page with the spectra of all factors", files)] = None,
+    as_json: Annotated[bool, flag("--json", "print everything as JSON instead of a table")] = False,
+) -> None:
+    """Measure a saved optimizer state: is every basis fresh and orthogonal, does every gradient live?
+
+    The worst tensors come first, and what is wrong is said in words. The file is only read, and nothing in it executed.
+    """
+    require("matplotlib", "rich")
+    if out is not None:
+        claim_folder(out, RESULTS, FORMAT, "an inspection's")
+    found = inspect_file(checkpoint)
+    text = json.dumps(to_json(checkpoint, found), indent=1, allow_nan=False)
+    if out is not None:
+        page = render(checkpoint, found)
+        write_text(out / RESULTS, text)
+        write_text(out / PAGE, page)
+    if as_json:
+        print(text)
+        return
+    console = make_console()
+    show(found, console)
+    if out is not None:
+        tell(console, f"Page: {printable(out / PAGE)}")
 
 
 class Inspected(NamedTuple):
@@ -38,6 +90,8 @@ def inspect_file(path: Path) -> list[Inspected]:
     Raises:
         LabError: the file cannot be read, or has no state of a SOAP optimizer.
     """
+    from emerging_optimizers.health import examine
+
     checkpoint = _load(path)
     found = list(_states(checkpoint, "", {}))
     if not found:
@@ -53,6 +107,8 @@ def inspect_file(path: Path) -> list[Inspected]:
 
 
 def _load(path: Path) -> Any:
+    import torch
+
     try:
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
@@ -112,9 +168,6 @@ def _race_states(value: Mapping[str, Any]) -> Iterator[tuple[str, Any, Mapping[s
 
 def _is_soap(state: Mapping[str, Any]) -> bool:
     return any(isinstance(group, Mapping) and "shampoo_beta" in group for group in state["param_groups"])
-
-
-COLUMNS = ("tensor", "shape", "age", "residual", "orth.", "rank", "cond.", "update", "/ weight")
 
 
 def cells(tensor: TensorHealth) -> tuple[str, ...]:
@@ -181,3 +234,102 @@ def to_json(path: Path, inspected: list[Inspected]) -> dict[str, Any]:
     """Collect everything as plain values, finite numbers only."""
     states = [{"label": label, "verdict": verdict(health)} | health.to_dict() for label, health in inspected]
     return {"format": FORMAT, "checkpoint": printable(path.name), "states": states}
+
+
+def show(inspected: Sequence[Inspected], console: Console) -> None:
+    """Print the verdict, what is wrong, and a table with the worst first."""
+    for label, health in inspected:
+        if label and len(inspected) > 1:
+            tell(console, printable(f"{label}:"))
+        tell(console, printable(verdict(health)))
+        for finding in health.findings:
+            tell(console, printable(f"  {finding}"))
+        if health.tensors:
+            shown = make_table(COLUMNS, "fold")
+            ill = {finding.name for finding in health.findings}
+            for tensor in health.worst_first:
+                shown.add_row(*map(printable, cells(tensor)), style="red" if tensor.name in ill else None)
+            tell(console, shown)
+        for note in notes(health):
+            tell(console, printable(note))
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+POINTS = 96  # of a drawn spectrum: more cannot be told apart
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#4d4d4d")
+DASHES = ("-", (0, (5, 2)), (0, (4, 1, 1, 1)), ":", (0, (6, 1)))
+
+PAGE_STYLE = """
+.layers { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
+.layers figure { margin: 0; min-width: 0; } figcaption { font-size: .85rem; } .ill { color: #a40000; font-weight: 600; }
+li { margin: .4rem 0; }
+"""
+
+
+def render(path: Path, inspected: Sequence[Inspected]) -> str:
+    """Render the page: the answer first, then what is wrong, the table, and the spectra layer by layer."""
+    title = f"soap inspect: {path.name}"
+    sections = "".join(_section(state, number, len(inspected)) for number, state in enumerate(inspected))
+    reading = """<h2>How to read it</h2>
+<p class="note">Age: steps since the last refresh. Residual: the part of a Kronecker factor that is not diagonal in its
+eigenbasis, 0 when fresh. Orth.: the largest entry of QᵀQ - I. Rank: how many directions the gradient uses (effective
+rank), of how many. Cond.: largest over smallest eigenvalue, at most 8.4e6 in float32. Of a tensor's axes the table
+shows the worst. Update: root mean square of the last step. / weight: that over the weight's.</p>"""
+    return render_page(title, f"{sections}\n{reading}", PAGE_STYLE)
+
+
+def _section(state: Inspected, number: int, count: int) -> str:
+    label, health = state
+    heading = f"<h2>{escape(label)}</h2>" if label and count > 1 else ""
+    ill = {finding.name for finding in health.findings}
+    findings = "".join(
+        f"<li><b>{escape(f.name)}</b>: <span class='ill'>{escape(f.kind)}</span>: {escape(f.what)} {escape(f.advice)}"
+        "</li>"
+        for f in health.findings
+    )
+    said = "".join(f'<p class="note">{escape(note)}</p>' for note in notes(health))
+    ordered = health.worst_first
+    figures = "".join(_figure(tensor, tensor.name in ill, f"{number}-{place}") for place, tensor in enumerate(ordered))
+    return f"""{heading}<p class="verdict">{escape(verdict(health))}</p>
+<ul>{findings}</ul>
+{render_table(COLUMNS, map(cells, ordered), "stack") if ordered else ""}{said}
+{_spectra(health, figures)}"""
+
+
+def _spectra(health: Health, figures: str) -> str:
+    if not any(tensor.factors for tensor in health.tensors):
+        return ""
+    return f"""<h2>Spectra of the factors, worst first</h2>
+<p class="note">Eigenvalues over the largest, against their rank. A steep curve: the gradient uses few directions.</p>
+<div class="layers">{figures}</div>"""
+
+
+def _figure(tensor: TensorHealth, ill: bool, salt: str) -> str:
+    curves = [(f.axis, f.size, f.spectrum) for f in tensor.factors if f.spectrum and f.spectrum[0] > 0]
+    if not curves:
+        return ""
+    ranked = [f for f in tensor.factors if f.effective_rank is not None]
+    ranks = ", ".join(f"axis {f.axis}: rank {f.effective_rank:.1f} of {f.size}" for f in ranked)
+    kind = ' class="ill"' if ill else ""
+    return (
+        f'<figure role="img" aria-label="spectra of {escape(tensor.name)}">{_svg(curves, salt)}'
+        f"<figcaption><span{kind}>{escape(tensor.name)}</span><br>{escape(ranks)}</figcaption></figure>"
+    )
+
+
+def _svg(curves: Sequence[tuple[int, int, tuple[float, ...]]], salt: str) -> str:
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(3.2, 2.3), layout="constrained")
+    axes = figure.subplots()
+    for place, (axis, size, spectrum) in enumerate(curves):
+        chosen = sorted({round(k * (size - 1) / (POINTS - 1)) for k in range(POINTS)})
+        values = [max(spectrum[k] / spectrum[0], 1e-9) for k in chosen]
+        colour, dashes = COLOURS[place % len(COLOURS)], DASHES[place % len(DASHES)]
+        axes.plot([k + 1 for k in chosen], values, color=colour, linestyle=dashes, linewidth=1.5, label=f"axis {axis}")
+    axes.set_yscale("log")
+    axes.set_ylim(1e-9, 2)
+    plain_axes(axes)
+    axes.legend(frameon=False, fontsize=8)
+    return render_svg(figure, salt)

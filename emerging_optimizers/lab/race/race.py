@@ -10,19 +10,80 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import nn
 
-from emerging_optimizers.lab.errors import LabError
-from emerging_optimizers.lab.optimizers import Contender, make_contender
-from emerging_optimizers.lab.options import Options
+from emerging_optimizers.lab.common import LabError
+from emerging_optimizers.lab.race.optimizers import OPTIMIZERS, Contender, make_contender
 from emerging_optimizers.lab.tasks import Task, make_task, settings_of
 
 FORMAT = "soap-race-checkpoint/1"
 WARMUP_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that determines a race's numbers, but the machine and the versions.
+
+    Attributes:
+        task: built-in name or ``package.module:TaskClass``.
+        text: absolute path of the text for `charlm`, None for the built-in one.
+        learning_rates: optimizer -> peak learning rates, each a run of its own; in the order of the tables.
+        seeds: each seed gives start weights and batches, the same for every optimizer.
+        steps: optimizer steps per run; None takes the task's.
+        frequency: steps between SOAP's refreshes of the eigenbases.
+        threads: torch's intra-op threads.
+    """
+
+    task: str
+    text: str | None
+    learning_rates: dict[str, tuple[float, ...]]
+    seeds: tuple[int, ...]
+    steps: int | None
+    frequency: int
+    threads: int
+
+    @classmethod
+    def restore(cls, saved: Any) -> Options:
+        """Take options from a checkpoint: the values of `asdict`, after a check of every type.
+
+        Raises:
+            LabError: they are not what a race saves.
+        """
+        wanted = {
+            "task": lambda v: isinstance(v, str),
+            "text": lambda v: v is None or isinstance(v, str),
+            "learning_rates": lambda v: isinstance(v, dict) and v and all(map(_is_rates, v.items())),
+            "seeds": lambda v: isinstance(v, tuple) and v and all(type(seed) is int for seed in v),
+            "steps": lambda v: v is None or _is_positive(v),
+            "frequency": _is_positive,
+            "threads": _is_positive,
+        }
+        if not isinstance(saved, dict) or set(saved) != set(wanted) or not all(wanted[k](v) for k, v in saved.items()):
+            raise LabError("the checkpoint's options are not those of a race; start a new race")
+        return cls(**saved)
+
+    def task_options(self) -> dict[str, Any]:
+        """Return the keyword arguments of the task's constructor, besides the seed."""
+        return {} if self.text is None else {"text": self.text}
+
+    def public(self) -> dict[str, Any]:
+        """Return the options as results show them: the text by file name, as a path may name a person."""
+        return {**asdict(self), "text": None if self.text is None else Path(self.text).name}
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_rates(item: tuple[Any, Any]) -> bool:
+    name, rates = item
+    floats = isinstance(rates, tuple) and len(rates) > 0 and all(type(rate) is float for rate in rates)
+    return floats and name in OPTIMIZERS
 
 
 @dataclass

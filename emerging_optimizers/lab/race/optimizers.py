@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emerging_optimizers.lab.errors import LabError
+from emerging_optimizers.lab.common import LabError
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.soap import SOAP
 

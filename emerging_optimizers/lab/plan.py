@@ -1,27 +1,155 @@
-"""A plan as tables, as JSON and as a picture."""
+"""``soap plan``: what SOAP will cost on a model, as tables, as JSON and as a picture."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
+import typer
 
-from emerging_optimizers.lab.checkpoint import write_atomically
-from emerging_optimizers.lab.printable import printable
-from emerging_optimizers.plan import Change, Fit, Plan, Prediction, Row
+from emerging_optimizers.lab.common import (
+    LabError,
+    make_console,
+    make_table,
+    printable,
+    require,
+    tell,
+    write_atomically,
+)
+from emerging_optimizers.lab.names import DTYPES, PRESETS, files, flag, number, one_of, option
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from emerging_optimizers.plan import Budget, Fit, Plan, Prediction, Row
+
+UNITS = {unit: 1000**i for i, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
+UNITS |= {unit: 1024**i for i, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), start=1)}
+CALIBRATION_SECONDS = 10.0
 
 LABELS = {"soap": "SOAP", "adamw": "AdamW", "muon": "Muon"}
 FORMAT = "soap-plan/1"
 MOST_BARS = 8
 VECTORS = "norms, biases, other vectors"
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help=f"{', '.join(PRESETS)}; package.module:function, which returns a module; or a file: Hugging Face "
+            "config.json, .safetensors or its index, torch checkpoint",
+            autocompletion=one_of(PRESETS),
+        ),
+    ],
+    frequency: Annotated[int, number("--frequency", "steps between eigenbasis refreshes")] = 10,
+    max_precond_dim: Annotated[
+        int | None, number("--max-precond-dim", "a longer axis keeps no factor  [default: SOAP's, 10000]", least=0)
+    ] = None,
+    merge_dims: Annotated[bool, flag("--merge-dims", "fold a convolution's axes")] = False,
+    pack_factors: Annotated[bool, flag("--pack-factors", "keep a triangle of each factor")] = False,
+    bfloat16_state: Annotated[bool, flag("--bfloat16-state", "first moment and bases in bfloat16")] = False,
+    no_routing: Annotated[bool, flag("--no-routing", "as SOAP(model.parameters()): embeddings and head too")] = False,
+    dtype: Annotated[
+        str | None,
+        option("DTYPE", f"of the parameters: {', '.join(DTYPES)}  [default: the model's]", one_of(DTYPES)),
+    ] = None,
+    ranks: Annotated[int, number("--ranks", "processes that divide the work", most=10_000)] = 1,
+    sharded: Annotated[
+        bool, flag("--sharded", "weights sharded over the ranks (FSDP2), not whole on each (DDP)")
+    ] = False,
+    tokens: Annotated[
+        int | None,
+        number("--tokens", "tokens per step over all ranks; shows the optimizer's share of the FLOPs"),
+    ] = None,
+    memory: Annotated[
+        str | None, option("SIZE", "such as 24GB or 24GiB: find options whose state fits on every rank")
+    ] = None,
+    with_weights: Annotated[bool, flag("--with-weights", "--memory holds weights and gradients too")] = False,
+    overhead: Annotated[
+        str | None, option("SHARE", "such as 5%: find options that add no more to the training FLOPs")
+    ] = None,
+    calibrate: Annotated[
+        bool, flag("--calibrate", "measure this machine's rates (10 s); predict milliseconds")
+    ] = False,
+    every: Annotated[bool, flag("--all", "a line per parameter, not per kind of layer")] = False,
+    as_json: Annotated[bool, flag("--json", "print JSON")] = False,
+    picture: Annotated[Path | None, option("FILE.png", "draw the state of each kind of layer as bars", files)] = None,
+) -> None:
+    """Say what SOAP will cost on a model: memory and FLOPs, next to AdamW and Muon. Nothing is allocated."""
+    require("rich", *(["matplotlib"] if picture else []))
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise LabError(f"--picture {picture}: expected a name that ends in .png")
+    if picture is not None and not picture.parent.is_dir():
+        raise LabError(f"--picture {picture}: there is no folder {picture.parent}")
+    if dtype is not None and dtype not in DTYPES:
+        raise LabError(f"--dtype {dtype}: choose {', '.join(DTYPES)}")
+    budget = read_budget(memory, with_weights, overhead, tokens)
+    if calibrate and ranks > 1:
+        raise LabError("--calibrate predicts one process, and no transfers: leave out --ranks")
+
+    import torch
+
+    from emerging_optimizers import plan as planner
+
+    options: dict[str, Any] = {"precondition_frequency": frequency, "merge_dims": merge_dims}
+    options |= {"pack_factors": pack_factors, "state_dtype": torch.bfloat16 if bfloat16_state else None}
+    if max_precond_dim is not None:
+        options["max_precond_dim"] = max_precond_dim
+    try:
+        described = planner.load_model(model)
+        if dtype is not None:
+            described = planner.model_of(described, parameter_dtype=getattr(torch, dtype))
+        arguments = {"ranks": ranks, "sharded": sharded, "tokens_per_step": tokens, "routed": not no_routing, **options}
+        planned = planner.plan(described, **arguments)
+        fit = None if budget is None else planner.fit_budget(described, budget, **arguments)
+    except ValueError as error:
+        raise LabError(str(error)) from error
+    prediction = planner.predict(planned, planner.calibrate(CALIBRATION_SECONDS)) if calibrate else None
+    if picture is not None:
+        write_picture(picture, planned, planner.plan(described, **{**arguments, "pack_factors": True}))
+    if as_json:
+        print(json.dumps(as_data(planned, fit, prediction), indent=1))
+    else:
+        print_plan(planned, fit, prediction, every, picture)
+    if fit is not None and not fit.met:
+        raise typer.Exit(1)
+
+
+def read_budget(memory: str | None, with_weights: bool, overhead: str | None, tokens: int | None) -> Budget | None:
+    """Read ``24GB`` and ``5%``.
+
+    Raises:
+        LabError: one of them is malformed, or lacks what it needs.
+    """
+    if with_weights and memory is None:
+        raise LabError("--with-weights belongs to --memory")
+    if memory is None and overhead is None:
+        return None
+    if overhead is not None and tokens is None:
+        raise LabError("--overhead is a share of the training step: give its batch with --tokens")
+    limit = share = None
+    if memory is not None:
+        found = re.fullmatch(r"(\d{1,15}\.?\d{0,15})\s*([A-Za-z]+)", memory.strip())
+        unit = next((unit for unit in UNITS if found and unit.lower() == found[2].lower()), None)
+        limit = int(float(found[1]) * UNITS[unit]) if found and unit else 0
+        if limit < 1:
+            raise LabError(f"--memory {memory}: expected a size with its unit, for example 24GB or 512MiB")
+    if overhead is not None:
+        found = re.fullmatch(r"(\d{1,15}\.?\d{0,15})\s*%", overhead.strip())
+        share = float(found[1]) / 100 if found else 0.0
+        if not share > 0:
+            raise LabError(f"--overhead {overhead}: expected a percentage, for example 5%")
+
+    from emerging_optimizers.plan import Budget
+
+    return Budget(limit, share, with_weights)
 
 
 def size(count: float) -> str:
@@ -65,27 +193,20 @@ def print_plan(
     planned: Plan, fit: Fit | None, prediction: Prediction | None, every: bool, picture: Path | None
 ) -> None:
     """Print the tables, and what there is to say about them."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a pipe has no width of its own
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False)
-
-    say(f"{printable(planned.model.name)}: {planned.parameters:,} parameters"
-        + (f" ({planned.model.note})" if planned.model.note else ""))  # fmt: skip
-    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    table.add_column("parameters", overflow="fold")
-    for heading in ("tensors", "elements", "SOAP state"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("treatment", overflow="fold")
+    console = make_console()
+    say = partial(tell, console, soft_wrap=False)
+    note = f" ({planned.model.note})" if planned.model.note else ""
+    say(f"{printable(planned.model.name)}: {planned.parameters:,} parameters{note}")
+    layers = make_table(("parameters", "tensors", "elements", "SOAP state", "treatment"), "fold")
+    layers.columns[-1].justify = "left"
+    for column in layers.columns[1:-1]:
+        column.no_wrap = True
     for name, rows in groups(planned, every).items():
-        elements = sum(row.numel for row in rows)
         state = sum(row.soap.state_bytes for row in rows)
         what = {"soap": "SOAP: ", "adamw": "AdamW: ", "frozen": "nothing: "}[rows[0].optimizer] + rows[0].reason
-        table.add_row(printable(name), str(len(rows)), f"{elements:,}", size(state), what)
-    console.print(table, markup=False, highlight=False)
-    console.print(_totals(planned), markup=False, highlight=False)
+        layers.add_row(printable(name), str(len(rows)), f"{sum(row.numel for row in rows):,}", size(state), what)
+    say(layers)
+    say(_totals(planned))
     _say_shares(planned, say)
     if prediction is not None:
         say(
@@ -99,12 +220,9 @@ def print_plan(
 
 
 def _totals(planned: Plan) -> Table:
-    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    headings = ["", "state", "bytes per parameter", "FLOPs per step", "more at a refresh", "FLOPs on average"]
-    if planned.training_flops is not None:
-        headings.append("overhead")
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left")
+    overhead = [] if planned.training_flops is None else ["overhead"]
+    headings = ("", "state", "bytes per parameter", "FLOPs per step", "more at a refresh", "FLOPs on average")
+    table = make_table([*headings, *overhead])
     for optimizer, cost in planned.totals.items():
         share = planned.overhead(optimizer)
         table.add_row(
@@ -119,10 +237,10 @@ def _totals(planned: Plan) -> Table:
     return table
 
 
-def _say_shares(planned: Plan, say: Any) -> None:
+def _say_shares(planned: Plan, say: Callable[[str], None]) -> None:
     weights = max(share.weight_bytes for share in planned.shares)
-    say(f"Refresh every {planned.frequency} steps. Weights and gradients: {size(weights)}"
-        + (" on the fullest rank." if planned.ranks > 1 else "."))  # fmt: skip
+    where = " on the fullest rank" if planned.ranks > 1 else ""
+    say(f"Refresh every {planned.frequency} steps. Weights and gradients: {size(weights)}{where}.")
     if any(row.dtype.itemsize < 4 for row in planned.rows):
         say(
             "AdamW and Muon keep their state in the parameters' dtype, SOAP in float32 unless an option says otherwise."
@@ -141,7 +259,7 @@ def _say_shares(planned: Plan, say: Any) -> None:
         )
 
 
-def _say_fit(fit: Fit, say: Any) -> None:
+def _say_fit(fit: Fit, say: Callable[[str], None]) -> None:
     found = fit.proposal
     with_what = "state, weights and gradients" if fit.budget.with_weights else "state"
     uses = []
@@ -157,20 +275,16 @@ def _say_fit(fit: Fit, say: Any) -> None:
     else:
         say(f"The budget is met as it is: {'; '.join(uses)}.")
     for change in found.changes:
-        say(f"  {_setting(change)}: {change.risk}")
+        say(f"  {change.option}={change.value}: {change.risk}")
     if not fit.met and not found.changes:
         say("  the options as they are")
     if fit.with_ranks is not None:
         say(f"Or by {fit.with_ranks.ranks} ranks with the options as they are, which is no risk to the loss.")
 
 
-def _setting(change: Change) -> str:
-    return f"{change.option}={change.value}"
-
-
-def print_json(planned: Plan, fit: Fit | None, prediction: Prediction | None) -> None:
-    """Print everything that there is."""
-    found = as_data(planned)
+def as_data(planned: Plan, fit: Fit | None, prediction: Prediction | None) -> dict[str, Any]:
+    """Turn a plan, and what was asked for besides, into what JSON can hold."""
+    found: dict[str, Any] = {}
     if prediction is not None:
         found["predicted_seconds"] = asdict(prediction)
     if fit is not None:
@@ -181,11 +295,6 @@ def print_json(planned: Plan, fit: Fit | None, prediction: Prediction | None) ->
             "changes": [{"option": c.option, "value": _plain(c.value), "risk": c.risk} for c in fit.proposal.changes],
             "ranks_instead": None if fit.with_ranks is None else fit.with_ranks.ranks,
         }
-    print(json.dumps(found, indent=1))
-
-
-def as_data(planned: Plan) -> dict[str, Any]:
-    """Turn a plan into what JSON can hold."""
     return {
         "format": FORMAT,
         "model": planned.model.name,
@@ -213,10 +322,13 @@ def as_data(planned: Plan) -> dict[str, Any]:
             }
             for row in planned.rows
         ],
+        **found,
     }
 
 
 def _plain(value: Any) -> Any:
+    import torch
+
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 

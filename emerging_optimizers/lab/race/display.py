@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from time import monotonic
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Self
 
 from rich import box
 from rich.console import Console
@@ -15,29 +14,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from emerging_optimizers.lab.printable import printable
-from emerging_optimizers.lab.race import Race, Run
-from emerging_optimizers.lab.results import COLUMNS, LABELS, Line, cells, score
+from emerging_optimizers.lab.common import printable, tell
+from emerging_optimizers.lab.race.race import Race, Run
+from emerging_optimizers.lab.race.verdict import COLUMNS, LABELS, Line, cells, score
 from emerging_optimizers.routing import route_parameters
 
 REDRAW_SECONDS = 0.25
-
-
-class Display(Protocol):
-    """Follows a race, as a context manager."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None: ...  # fmt: skip
-
-    def update(self, run: Run) -> None:
-        """Take note of the run that has just moved."""
-
-
-def display_for(race: Race, console: Console) -> Display:
-    """Choose the display that suits where the output goes."""
-    return LiveDisplay(race, console) if console.is_terminal else PlainDisplay(race, console)
 
 
 class LiveDisplay:
@@ -53,10 +35,9 @@ class LiveDisplay:
         self._live.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:  # fmt: skip
+    def __exit__(self, *error: Any) -> None:
         self._live.update(self._table(), refresh=True)
-        self._live.__exit__(kind, error, trace)
+        self._live.__exit__(*error)
 
     def update(self, run: Run) -> None:
         """Redraw, unless that was done a moment ago."""
@@ -108,9 +89,7 @@ class PlainDisplay:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:  # fmt: skip
-        pass
+    def __exit__(self, *_: object) -> None: ...
 
     def update(self, run: Run) -> None:
         """Print a line when all runs have come through another tenth of their steps."""
@@ -125,12 +104,13 @@ class PlainDisplay:
             sound = [r.record.validation[-1] for r in runs if not r.record.diverged]
             rate = f" {record.lr:g}" if len(self._race.options.learning_rates[record.optimizer]) > 1 else ""
             scores.append(f"{record.optimizer}{rate} {score(statistics.median(sound)) if sound else 'diverged'}")
-        self._console.print(
-            f"step {step}/{self._race.steps}  {'  '.join(scores)}  [{monotonic() - self._begin:.0f} s]",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        seconds = f"{monotonic() - self._begin:.0f} s"
+        tell(self._console, f"step {step}/{self._race.steps}  {'  '.join(scores)}  [{seconds}]")
+
+
+def display_for(race: Race, console: Console) -> LiveDisplay | PlainDisplay:
+    """Choose the display that suits where the output goes: a context manager, to be told of each run that has moved."""
+    return LiveDisplay(race, console) if console.is_terminal else PlainDisplay(race, console)
 
 
 def _rows(race: Race) -> list[list[Run]]:
@@ -145,7 +125,7 @@ def print_routing(race: Race, console: Console) -> None:
     for route in route_parameters(race.runs[0].model).routes:
         groups.setdefault((route.optimizer, route.reason), []).append((route.name, route.numel))
     total = sum(numel for group in groups.values() for _, numel in group)
-    console.print(f"{total:,} parameters; what SOAP trains and what AdamW does instead:", markup=False, highlight=False)
+    tell(console, f"{total:,} parameters; what SOAP trains and what AdamW does instead:", soft_wrap=False)
     table = Table(box=None)
     for heading in ("", "tensors", "share", "why", "names"):
         table.add_column(heading, justify="right" if heading in ("tensors", "share") else "left")
@@ -154,7 +134,7 @@ def print_routing(race: Race, console: Console) -> None:
         names = dict.fromkeys(re.sub(r"\b\d+\b", "*", printable(name)) for name, _ in group)
         share = sum(numel for _, numel in group) / total
         table.add_row(optimizer, str(len(group)), f"{share:.1%}", reason, ", ".join(names))
-    console.print(table, markup=False, highlight=False)
+    tell(console, table)
 
 
 def print_summary(lines: list[Line], console: Console) -> None:
@@ -165,4 +145,4 @@ def print_summary(lines: list[Line], console: Console) -> None:
         table.add_column(name if i else "", justify="right" if i else "left", no_wrap=not i)
     for row in rows:
         table.add_row(*row)
-    console.print(table, markup=False, highlight=False)
+    tell(console, table)
