@@ -18,7 +18,6 @@ FAR_BEYOND = 1e6
 YOUNG_STEPS = 20
 #: Before so many steps a stale basis may be that of a single gradient.
 SETTLED_STEPS = 100
-#: A few skipped steps cost a few steps.
 FEWEST_SKIPPED = 3
 #: The largest ``max |Q^T Q - I|`` by the dtype of the bases.
 ORTHOGONALITY = {"float32": 1e-4, "bfloat16": 0.02, "float64": 1e-11}

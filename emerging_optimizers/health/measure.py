@@ -36,20 +36,14 @@ def examine(
 ) -> Health:
     """Measures the state of a SOAP optimizer. Only reads; waits for the device.
 
-    Where several processes hold the parameters, a live optimizer gives what this process works on. Its
-    ``state_dict()`` gives all, and then every process must call this, since each DTensor is put together for it.
-
     Args:
-        source: A SOAP optimizer, or what its ``state_dict()`` returned.
+        source: A SOAP optimizer, which gives what this process works on, or what its ``state_dict()`` returned. Where
+            that has DTensors, all processes must call this.
         names: A name per parameter in the optimizer's order, or, for a live optimizer, ``model.named_parameters()``.
             None: the names that the groups have (``param_names``), else "parameter 3".
-        weights: Parameters by name, such as a model's state dict, for the update ratio of a saved state. A live
-            optimizer has its own.
-        exact_spectra: Take the eigenvalues from a decomposition of each factor. Otherwise they are the Rayleigh
-            quotients ``diag(Q^T K Q)``, which cost nothing more and are exact where the residual is 0.
-
-    Returns:
-        The measurements, and with :attr:`Health.findings` the diagnosis.
+        weights: Parameters by name, for the update ratio of a saved state. A live optimizer has its own.
+        exact_spectra: Decompose each factor; otherwise its eigenvalues are taken to be ``diag(Q^T K Q)``, which costs
+            nothing more and is exact where the residual is 0.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -110,10 +104,12 @@ def _examine_tensor(entry: Entry, exact_spectra: bool) -> TensorHealth:
 
 def _examine_factor(entry: Entry, axis: int, size: int, has_basis: bool, exact_spectra: bool) -> FactorHealth:
     """Measures one axis of ``size`` indices, whose ``Q`` is the identity that it began as unless it ``has_basis``."""
-    kept, basis = entry.tensor(f"GG_{axis}"), entry.tensor(f"Q_{axis}", (size, size))
-    packed = kept.dim() == 1
-    kept = entry.tensor(f"GG_{axis}", (packed_size(size),) if packed else (size, size))
-    factor = unpack(kept.contiguous().unsqueeze(0), size)[0] if packed else kept
+    factor, basis = (
+        entry.tensor(f"GG_{axis}", (size, size), (packed_size(size),)),
+        entry.tensor(f"Q_{axis}", (size, size)),
+    )
+    if factor.dim() == 1:
+        factor = unpack(factor.contiguous().unsqueeze(0), size)[0]
     dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
     basis_dtype = _name_of(basis.dtype)
     factor, basis = factor.to(dtype), basis.to(dtype)

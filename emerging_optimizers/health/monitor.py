@@ -116,8 +116,7 @@ class HealthMonitor:
 
 def _scalars(health: Health) -> Iterable[tuple[str, float]]:
     for tensor in health.tensors:
-        for key, value in tensor.scalars():
-            yield f"{tensor.name}/{key}", value
+        yield from ((f"{tensor.name}/{key}", value) for key, value in tensor.scalars())
     factors = [factor for tensor in health.tensors for factor in tensor.factors]
     for key in ("residual", "orthogonality"):
         found = [value for factor in factors if (value := getattr(factor, key)) is not None]

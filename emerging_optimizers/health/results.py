@@ -12,7 +12,6 @@ class FactorHealth:
 
     Attributes:
         axis: The axis of the working shape.
-        size: d.
         orthogonality: ``max |Q^T Q - I|``; None before the first refresh.
         residual: What of ``K`` is not diagonal in the basis, ``|offdiag(Q^T K Q)|_F / |K|_F``, from 0 (fresh) to 1.
             None before the first refresh and for a factor of zeros.
@@ -23,7 +22,6 @@ class FactorHealth:
         dead_share: The share of the axis's indices along which the gradient has always been exactly zero.
         spectrum: The eigenvalues, largest first, not below 0; empty for a factor that is not finite.
         basis_dtype: The dtype that ``Q`` is kept in, as "float32".
-        finite: Whether ``K`` and ``Q`` are.
     """
 
     axis: int
@@ -43,7 +41,6 @@ class TensorHealth:
     """One parameter. None stands for: not known, or not defined yet.
 
     Attributes:
-        name: Its name.
         shape: Of its moments: its own, or that of the piece which this process has of a tensor that gets AdamW.
         preconditioned: Whether it has factors; otherwise it gets plain AdamW, and fewer measurements.
         weight_dtype: The parameter's dtype, as "bfloat16"; None where the weight is not known.
@@ -56,13 +53,10 @@ class TensorHealth:
             give it: an estimate where ``use_nesterov`` adds the gradient, which is gone. 1 is one learning rate per
             weight.
         update_rms: ``lr * direction_rms``, with the learning rate that the group has now.
-        weight_rms: Root mean square of the weight.
         update_ratio: ``update_rms / weight_rms``; None for a weight of zeros.
-        learning_rate: The group's.
         dead: Whether the second moment is zero everywhere: no usable gradient but zero has ever come.
         finite: Whether the moments and factors are.
         adaptive: Whether the adaptive criterion may leave a basis alone.
-        factors: Per preconditioned axis.
     """
 
     name: str

@@ -14,20 +14,12 @@ from emerging_optimizers.soap.placement import is_dtensor, local_tensor
 #: Options that a parameter group has if it is SOAP's.
 SOAP_OPTIONS = ("shampoo_beta", "precondition_frequency", "max_precond_dim", "merge_dims", "precondition_1d")
 
-
 #: What a user may give as names: one per parameter in the optimizer's order, or ``model.named_parameters()``.
 Names = Iterable[str] | Iterable[tuple[str, Tensor]]
 
 
 class Entry(NamedTuple):
-    """One parameter.
-
-    Attributes:
-        name: Its name, or "parameter 3" by its place in the optimizer.
-        options: Its group.
-        state: Its state; empty before its first step.
-        weight: What this process has of the parameter; None where it is not known.
-    """
+    """One parameter: its name, its group, its state (empty before its first step) and, where known, its weight."""
 
     name: str
     options: Mapping[str, Any]
@@ -40,22 +32,16 @@ class Entry(NamedTuple):
         counter = self.state.get("skipped_steps")
         return isinstance(counter, Tensor) and counter.dim() > 0
 
-    def tensor(self, key: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A tensor of the state, put together where it is a DTensor of a state dict, which is a collective.
-
-        Raises:
-            ValueError: It is not there, has another shape, or cannot be computed with.
-        """
-        value = self.state.get(key)
-        if (
-            not isinstance(value, Tensor)
-            or value.is_meta
-            or not (value.layout == torch.strided and value.is_floating_point())
-        ):
+    def tensor(self, key: str, *shapes: tuple[int, ...]) -> Tensor:
+        """A tensor of the state, of one of these shapes, if given. A DTensor is put together, which is a collective."""
+        value: Any = self.state.get(key)
+        dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+        if not dense or not value.is_floating_point():
             got = "nothing" if value is None else str(getattr(value, "dtype", type(value).__name__))
             raise ValueError(f"the state {key!r} of {self.name} must be a dense tensor of real numbers, got {got}")
-        if shape is not None and tuple(value.shape) != shape:
-            raise ValueError(f"the state {key!r} of {self.name} must have shape {shape}, got {tuple(value.shape)}")
+        if shapes and tuple(value.shape) not in shapes:
+            wanted = next((shape for shape in shapes if len(shape) == value.dim()), shapes[0])
+            raise ValueError(f"the state {key!r} of {self.name} must have shape {wanted}, got {tuple(value.shape)}")
         return _whole(value.detach())
 
     def count(self, key: str) -> int:
@@ -72,17 +58,7 @@ def entries(
     names: Names | None,
     weights: Mapping[str, Tensor] | None,
 ) -> Iterator[Entry]:
-    """The parameters of an optimizer or a state dict, in order.
-
-    Args:
-        source: A SOAP optimizer, or what its ``state_dict()`` returned.
-        names: See :func:`emerging_optimizers.health.examine`.
-        weights: By name; used where the source is a state dict.
-
-    Raises:
-        TypeError: ``source`` is neither, or ``names`` has something else than names.
-        ValueError: It is another optimizer's, is incomplete, or ``names`` has another length.
-    """
+    """The parameters of an optimizer or a state dict, in order; arguments and errors as of ``examine``."""
     if isinstance(source, Optimizer):
         groups: list[Mapping[str, Any]] = list(source.param_groups)
         states: Mapping[Any, Any] = source.state

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import signal
+import zipfile
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,9 +36,6 @@ def require(*packages: str) -> None:
     """
     if not all(importlib.util.find_spec(package) for package in packages):
         raise LabError(EXTRA)
-
-
-# --- words ----------------------------------------------------------------------------------------------------------
 
 
 def printable(text: object) -> str:
@@ -72,9 +70,6 @@ def make_table(headings: Iterable[str], overflow: Literal["fold", "ellipsis"] = 
 def tell(console: Console, what: Any, soft_wrap: bool = True) -> None:
     """Print a text or a table as it is, without reading it for markup; ``soft_wrap`` leaves long lines of text long."""
     console.print(what, markup=False, highlight=False, soft_wrap=soft_wrap and isinstance(what, str))
-
-
-# --- folders and files ----------------------------------------------------------------------------------------------
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -144,7 +139,10 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-# --- signals --------------------------------------------------------------------------------------------------------
+def damaged_entry(path: Path) -> str | None:
+    """Name what a zip file has damaged: torch writes check sums and reads none, and a flipped bit is a wrong weight."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 class StopRequest:
@@ -172,7 +170,7 @@ class StopRequest:
         signal.signal(number, signal.SIG_DFL)
 
 
-# --- the machine: what a reader needs to judge a timing, and no host name, path or user name ------------------------
+# What a reader needs to judge a timing; no host name, no path, no user name.
 
 
 def versions() -> dict[str, str]:

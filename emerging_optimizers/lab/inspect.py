@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -15,6 +14,7 @@ import typer
 from emerging_optimizers.lab.common import (
     LabError,
     claim_folder,
+    damaged_entry,
     make_console,
     make_table,
     printable,
@@ -35,7 +35,6 @@ RESULTS = "health.json"
 PAGE = "health.html"
 OPTIMIZER_KEYS = ("optimizer", "optim", "optimizer_state_dict", "optimizer_states", "optimizers")
 MODEL_KEYS = ("model", "state_dict", "model_state_dict", "model_state")
-COLUMNS = ("tensor", "shape", "age", "residual", "orth.", "rank", "cond.", "update", "/ weight")
 
 
 def inspect(
@@ -73,23 +72,14 @@ def inspect(
 
 
 class Inspected(NamedTuple):
-    """One optimizer state of a file.
-
-    Attributes:
-        label: Where in the file it is, as "optimizer"; "" where it is the file.
-        health: What was found.
-    """
+    """One optimizer state of a file, and where in it that is: "optimizer"; "" where it is the file."""
 
     label: str
     health: Health
 
 
 def inspect_file(path: Path) -> list[Inspected]:
-    """Measure every SOAP state in a checkpoint file. Nothing in it is executed, nothing written.
-
-    Raises:
-        LabError: the file cannot be read, or has no state of a SOAP optimizer.
-    """
+    """Measure every SOAP state in a checkpoint file. Nothing in it is executed, nothing written."""
     from emerging_optimizers.health import examine
 
     checkpoint = _load(path)
@@ -112,11 +102,8 @@ def _load(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
-        if zipped:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch compares no check sums
-            if damaged is not None:
-                raise LabError(f"{path}: damaged (bad check sum of {damaged})")
+        if zipped and (damaged := damaged_entry(path)) is not None:
+            raise LabError(f"{path}: damaged (bad check sum of {damaged})")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what it then refuses: the error says so
             # Mapped, not read: a matrix at a time is looked at.
@@ -170,29 +157,32 @@ def _is_soap(state: Mapping[str, Any]) -> bool:
     return any(isinstance(group, Mapping) and "shampoo_beta" in group for group in state["param_groups"])
 
 
-def cells(tensor: TensorHealth) -> tuple[str, ...]:
-    """Format a tensor for a table with the headings `COLUMNS`: of several axes the worst."""
-    ranks = [f for f in tensor.factors if f.effective_rank is not None]
-    lowest = min(ranks, key=lambda f: (f.effective_rank or 0.0) / f.size, default=None)
-    return (
-        tensor.name,
-        "x".join(map(str, tensor.shape)) or "scalar",
-        "-" if tensor.age is None else str(tensor.age),
-        _worst((f.residual for f in tensor.factors), ".2f"),
-        _worst((f.orthogonality for f in tensor.factors), ".0e"),
-        "-" if lowest is None else f"{lowest.effective_rank:.1f}/{lowest.size}",
-        _worst((f.condition for f in tensor.factors), ".0e"),
-        _number(tensor.update_rms),
-        _number(tensor.update_ratio),
-    )
-
-
 def _worst(values: Iterable[float | None], form: str) -> str:
     return format(max(known), form) if (known := [value for value in values if value is not None]) else "-"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}"
+def _lowest_rank(tensor: TensorHealth) -> str:
+    shares = [(rank / f.size, f"{rank:.1f}/{f.size}") for f in tensor.factors if (rank := f.effective_rank) is not None]
+    return min(shares)[1] if shares else "-"
+
+
+#: Of a table, with what stands in them: of several axes the worst.
+COLUMNS: dict[str, Callable[[TensorHealth], str]] = {
+    "tensor": lambda tensor: tensor.name,
+    "shape": lambda tensor: "x".join(map(str, tensor.shape)) or "scalar",
+    "age": lambda tensor: "-" if tensor.age is None else str(tensor.age),
+    "residual": lambda tensor: _worst((f.residual for f in tensor.factors), ".2f"),
+    "orth.": lambda tensor: _worst((f.orthogonality for f in tensor.factors), ".0e"),
+    "rank": _lowest_rank,
+    "cond.": lambda tensor: _worst((f.condition for f in tensor.factors), ".0e"),
+    "update": lambda tensor: _worst([tensor.update_rms], ".1e"),
+    "/ weight": lambda tensor: _worst([tensor.update_ratio], ".1e"),
+}
+
+
+def cells(tensor: TensorHealth) -> tuple[str, ...]:
+    """Format a tensor for a table with the headings `COLUMNS`."""
+    return tuple(cell(tensor) for cell in COLUMNS.values())
 
 
 def verdict(health: Health) -> str:
@@ -291,18 +281,13 @@ def _section(state: Inspected, number: int, count: int) -> str:
     said = "".join(f'<p class="note">{escape(note)}</p>' for note in notes(health))
     ordered = health.worst_first
     figures = "".join(_figure(tensor, tensor.name in ill, f"{number}-{place}") for place, tensor in enumerate(ordered))
+    spectra = f"""<h2>Spectra of the factors, worst first</h2>
+<p class="note">Eigenvalues over the largest, against their rank. A steep curve: the gradient uses few directions.</p>
+<div class="layers">{figures}</div>"""
     return f"""{heading}<p class="verdict">{escape(verdict(health))}</p>
 <ul>{findings}</ul>
 {render_table(COLUMNS, map(cells, ordered), "stack") if ordered else ""}{said}
-{_spectra(health, figures)}"""
-
-
-def _spectra(health: Health, figures: str) -> str:
-    if not any(tensor.factors for tensor in health.tensors):
-        return ""
-    return f"""<h2>Spectra of the factors, worst first</h2>
-<p class="note">Eigenvalues over the largest, against their rank. A steep curve: the gradient uses few directions.</p>
-<div class="layers">{figures}</div>"""
+{spectra if any(tensor.factors for tensor in ordered) else ""}"""
 
 
 def _figure(tensor: TensorHealth, ill: bool, salt: str) -> str:

@@ -123,11 +123,7 @@ def plan(
 
 
 def read_budget(memory: str | None, with_weights: bool, overhead: str | None, tokens: int | None) -> Budget | None:
-    """Read ``24GB`` and ``5%``.
-
-    Raises:
-        LabError: one of them is malformed, or lacks what it needs.
-    """
+    """Read ``24GB`` and ``5%``."""
     if with_weights and memory is None:
         raise LabError("--with-weights belongs to --memory")
     if memory is None and overhead is None:
@@ -154,27 +150,24 @@ def read_budget(memory: str | None, with_weights: bool, overhead: str | None, to
 
 def size(count: float) -> str:
     """Bytes in decimal units, three digits: 1.23 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB" if count < 999.5 else f"{count:,.0f} TB"
+    return _scaled(count, (" B", " kB", " MB", " GB", " TB"))
 
 
 def flops(count: float) -> str:
     """FLOPs with a prefix, three digits: 1.23 T."""
-    for prefix in ("", " k", " M", " G", " T", " P"):
+    return _scaled(count, ("", " k", " M", " G", " T", " P", " E"))
+
+
+def _scaled(count: float, units: Sequence[str]) -> str:
+    for unit in units[:-1]:
         if count < 999.5:
-            return f"{count:.3g}{prefix}"
+            return f"{count:.3g}{unit}"
         count /= 1000
-    return f"{count:.3g} E"
+    return f"{count:,.3g}{units[-1]}" if count < 999.5 else f"{count:,.0f}{units[-1]}"
 
 
 def groups(planned: Plan, every: bool = False) -> dict[str, list[Row]]:
-    """Rows of one kind of layer together: blocks.0.up.weight and blocks.1.up.weight are blocks.*.up.weight.
-
-    Vectors are one kind.
-    """
+    """Rows of one kind of layer together, as blocks.*.up.weight; all vectors are one kind."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in planned.rows:
         kind = row.name if every else re.sub(r"(?<=[._])\d+(?=\.|$)|^\d+(?=\.)", "*", row.name)
@@ -333,11 +326,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_picture(path: Path, planned: Plan, packed: Plan) -> None:
-    """Draw the state of each kind of layer under SOAP, SOAP packed, AdamW and Muon.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Draw the state of each kind of layer under SOAP, SOAP packed, AdamW and Muon."""
     from matplotlib.figure import Figure  # slow to import
 
     rows = sorted(groups(planned).items(), key=lambda item: -sum(row.soap.state_bytes for row in item[1]))

@@ -32,11 +32,7 @@ PRESET_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def decoder(config: Mapping[str, Any], name: str) -> Model:
-    """The model that a Hugging Face configuration describes.
-
-    Args:
-        config: What is in ``config.json``.
-        name: What to call the model.
+    """The model that a Hugging Face ``config.json`` describes.
 
     Raises:
         ValueError: Its ``model_type`` is not known here, or a number is missing or impossible.

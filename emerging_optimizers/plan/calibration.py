@@ -50,13 +50,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of SOAP's steps on one rank.
-
-    Attributes:
-        step: Without a refresh.
-        refresh: On top where all eigenbases are refreshed.
-        mean: Per step, refreshes included.
-    """
+    """Seconds of SOAP on one rank: a step without a refresh, a refresh of all eigenbases on top, and the mean step."""
 
     step: float
     refresh: float
@@ -64,11 +58,7 @@ class Prediction:
 
 
 def calibrate(seconds: float = 10.0, device: str | torch.device = "cpu") -> Rates:
-    """Measures rates on this machine.
-
-    Args:
-        seconds: How long to measure; on a slow machine the largest products may take longer.
-        device: Where.
+    """Measures rates on this machine, for about so many seconds.
 
     Raises:
         ValueError: ``seconds`` is not positive.
@@ -117,20 +107,15 @@ def predict(planned: Plan, rates: Rates) -> Prediction:
     """
     if planned.ranks != 1:
         raise ValueError(f"a prediction needs a plan for 1 rank, got {planned.ranks}")
-    step = rates.step_seconds + sum(_step_seconds(row, rates) for row in planned.rows if row.optimizer != "frozen")
-    refresh = sum(_refresh_seconds(row, rates) for row in planned.rows if row.layout.axes)
+    step, refresh = rates.step_seconds, 0.0
+    for row in planned.rows:
+        if row.layout.axes:
+            step += _seconds(step_work(row.layout), rates) + _touched(row) * rates.element_seconds
+            refresh += sum(_seconds(refresh_work(row.layout, axis), rates) for axis in row.layout.axes)
+            refresh += _touched(row) * rates.refresh_element_seconds
+        elif row.optimizer != "frozen":
+            step += row.numel * rates.adam_seconds
     return Prediction(step, refresh, step + refresh / planned.frequency)
-
-
-def _step_seconds(row: Row, rates: Rates) -> float:
-    if not row.layout.axes:
-        return row.numel * rates.adam_seconds
-    return _seconds(step_work(row.layout), rates) + _touched(row) * rates.element_seconds
-
-
-def _refresh_seconds(row: Row, rates: Rates) -> float:
-    work = [part for axis in row.layout.axes for part in refresh_work(row.layout, axis)]
-    return _seconds(work, rates) + _touched(row) * rates.refresh_element_seconds
 
 
 def _touched(row: Row) -> int:

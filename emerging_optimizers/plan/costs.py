@@ -97,12 +97,7 @@ def _shape_under(shape: tuple[int, ...], dtype: torch.dtype, values: tuple[Any, 
 def layout_and_bytes(
     shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any]
 ) -> tuple[Layout, Mapping[str, int]]:
-    """How SOAP treats a tensor, and the bytes of each entry of its state.
-
-    Args:
-        shape: The parameter's shape.
-        dtype: The parameter's dtype.
-        options: Of its group, those of ``STATE_OPTIONS`` at least.
+    """How SOAP treats a parameter of a group with these options, and the bytes of each entry of its state.
 
     Raises:
         ValueError: There are more bytes than torch can count.

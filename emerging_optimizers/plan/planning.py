@@ -24,10 +24,6 @@ class Row:
     """One parameter.
 
     Attributes:
-        name: Its name.
-        shape: Its shape.
-        numel: Its number of elements.
-        dtype: Its dtype.
         optimizer: "soap", "adamw" or "frozen".
         reason: Why, and which axes are preconditioned.
         layout: The working shape and the preconditioned axes.
@@ -159,9 +155,6 @@ def plan(
         parameter_dtype: The dtype of all parameters; None: their own.
         routed: Whether groups are made by ``emerging_optimizers.routing``; otherwise as ``SOAP(model.parameters())``.
         options: SOAP's options, as its constructor takes them; ``lr`` may be left out.
-
-    Returns:
-        The plan.
 
     Raises:
         TypeError: An argument or an option has the wrong type, or is unknown.

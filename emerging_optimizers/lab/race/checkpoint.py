@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from emerging_optimizers.lab.common import LabError, read_results, temporary, write_atomically
+from emerging_optimizers.lab.common import LabError, damaged_entry, read_results, temporary, write_atomically
 
 CHECKPOINT = "checkpoint.pt"
 RESULTS = "results.json"
@@ -30,11 +29,7 @@ def discard(folder: Path) -> None:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Load what `save` wrote. Nothing in the file is executed (``weights_only=True``).
-
-    Raises:
-        LabError: there is no checkpoint, or it cannot be read, or a byte of it is not what was written.
-    """
+    """Load what `save` wrote, or raise a LabError. Nothing in the file is executed (``weights_only=True``)."""
     path = folder / CHECKPOINT
     if not path.exists() and read_results(folder / RESULTS).get("finished") is False:
         reason = "it was stopped before its first checkpoint, which comes after a minute: start it again"
@@ -42,10 +37,8 @@ def load(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise LabError(f"--resume {folder}: nothing to resume there (no {CHECKPOINT}; a finished race leaves none)")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch writes check sums and reads none: a flipped bit would change a weight
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"bad check sum of {damaged}")
+        if (damaged := damaged_entry(path)) is not None:
+            raise ValueError(f"bad check sum of {damaged}")
         state = torch.load(path, weights_only=True)
     except Exception as error:  # zip, pickle and storage errors share no base class
         raise LabError(f"--resume {folder}: {CHECKPOINT} is not a readable checkpoint; start a new race") from error

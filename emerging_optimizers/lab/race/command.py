@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emerging_optimizers.lab.common import LabError, StopRequest, make_console, printable, require, tell
+from emerging_optimizers.lab.common import LabError, StopRequest, claim_folder, make_console, printable, require, tell
 from emerging_optimizers.lab.names import OPTIMIZERS, TASKS, files, flag, number, one_of, optimizer_names, option
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def race(
     overwrite: Annotated[bool, flag("--overwrite", "start over where a race was stopped")] = False,
 ) -> None:
     """Train one model with several optimizers, from the same start on the same batches, and say which wins."""
+    given = {name: value for name, value in locals().items() if name != "resume" and value not in (None, [], False)}
     require("matplotlib", "rich", "numpy")
     import torch
 
@@ -55,11 +56,9 @@ def race(
     from emerging_optimizers.lab.tasks import task_class
 
     if resume is not None:
-        given = {"--task": task, "--text": text, "--optimizers": optimizers, "--lr": lr, "--steps": steps,
-                 "--seeds": seeds, "--frequency": frequency, "--threads": threads, "--out": out,
-                 "--overwrite": overwrite or None}  # fmt: skip
-        if extra := [option for option, value in given.items() if value not in (None, [])]:
-            raise LabError(f"--resume takes its settings from the folder: leave out {', '.join(extra)}")
+        if given:
+            extra = ", ".join(f"--{name}" for name in given)
+            raise LabError(f"--resume takes its settings from the folder: leave out {extra}")
         state = checkpoint.load(resume)
         torch.set_num_threads(saved_options(state).threads)
         play(Race.restore(state), resume)
@@ -85,7 +84,7 @@ def race(
     folder = out or Path(f"race-{task.rpartition(':')[2]}")
     torch.set_num_threads(options.threads)
     fresh = Race(options)
-    report.claim(folder)
+    claim_folder(folder, checkpoint.RESULTS, report.FORMAT, "a race's")
     if (folder / checkpoint.CHECKPOINT).exists() and not overwrite:
         instead = f"go on with soap race --resume {folder}, or start over with --overwrite"
         raise LabError(f"--out {folder}: a race was stopped there; {instead}")
@@ -126,11 +125,7 @@ def play(race: Race, folder: Path) -> None:
 
 
 def read_optimizers(names: str) -> tuple[str, ...]:
-    """Read ``a,b,c``.
-
-    Raises:
-        LabError: a name is unknown or there twice.
-    """
+    """Read ``a,b,c``."""
     chosen = tuple(name.strip() for name in names.split(","))
     for name in chosen:
         _check_optimizer(name, "--optimizers")
@@ -140,11 +135,7 @@ def read_optimizers(names: str) -> tuple[str, ...]:
 
 
 def read_seeds(text: str) -> tuple[int, ...]:
-    """Read ``0,1,2``.
-
-    Raises:
-        LabError: not a list of different whole numbers from 0 to 2**31 - 1.
-    """
+    """Read ``0,1,2``."""
     try:
         seeds = tuple(int(word) for word in text.split(","))
     except ValueError:
@@ -155,11 +146,7 @@ def read_seeds(text: str) -> tuple[int, ...]:
 
 
 def read_learning_rates(words: Sequence[str], optimizers: Sequence[str], task: str) -> dict[str, tuple[float, ...]]:
-    """Read ``["soap=6e-3,3e-3", ...]``; an optimizer that is not mentioned gets its rate from the committed sweep.
-
-    Raises:
-        LabError: a word is malformed, or names an optimizer that does not race.
-    """
+    """Read ``["soap=6e-3,3e-3", ...]``; an optimizer that is not mentioned gets its rate from the committed sweep."""
     from emerging_optimizers.lab.race.optimizers import tuned_rate
 
     given: dict[str, tuple[float, ...]] = {}

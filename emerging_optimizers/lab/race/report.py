@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from emerging_optimizers.lab.common import claim_folder, machine, versions, write_atomically, write_text
+from emerging_optimizers.lab.common import machine, versions, write_atomically, write_text
 from emerging_optimizers.lab.page import escape, render_page, render_table
 from emerging_optimizers.lab.race import plots
 from emerging_optimizers.lab.race.checkpoint import RESULTS
@@ -20,11 +20,6 @@ from emerging_optimizers.routing import route_parameters
 
 FORMAT = "soap-race/1"
 UNSCORED = "No result yet: the race was stopped before every run had its first score."
-
-
-def claim(folder: Path) -> None:
-    """Make the output folder, or take over one that an earlier race made; LabError as of :func:`claim_folder`."""
-    claim_folder(folder, RESULTS, FORMAT, "a race's")
 
 
 def write(folder: Path, race: Race) -> tuple[list[Line], str]:

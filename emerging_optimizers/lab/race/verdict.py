@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -26,43 +26,23 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Line:
-    """One optimizer's result at its best learning rate. None stands for: diverged, or never.
-
-    Attributes:
-        optimizer: the contender's name.
-        lr: the learning rate with the lowest median of best scores.
-        rates: number of learning rates tried.
-        edge: "highest" or "lowest" where `lr` is that of several rates, so that one beyond it may be better.
-        seeds: number of runs at `lr`.
-        diverged: how many of them diverged.
-        final: last score, median over seeds.
-        best: lowest score, median over seeds.
-        best_by_seed: lowest score of each seed, None where it diverged.
-        steps: steps until AdamW's best, median.
-        seconds: training seconds until AdamW's best, median.
-        step_fraction: `steps` as a fraction of those that AdamW took to its best, median of the seeds' fractions.
-        second_fraction: the same of the seconds.
-        optimizer_share: optimizer's part of the training time.
-        median_step: seconds. The first step of a run is left out here and in the next, as it allocates.
-        worst_step: seconds.
-        bytes_per_parameter: optimizer state.
-    """
+    """One optimizer's result at its best learning rate. None stands for: diverged, or never."""
 
     optimizer: str
-    lr: float
-    rates: int
-    edge: str | None
+    lr: float  # with the lowest median of best scores
+    rates: int  # so many were tried
+    edge: str | None  # "highest" or "lowest" where `lr` is that of several rates: one beyond it may be better
     seeds: int
     diverged: int
     final: float | None
     best: float | None
     best_by_seed: tuple[float | None, ...]
-    steps: float | None
+    steps: float | None  # until AdamW's best
     seconds: float | None
-    step_fraction: float | None
+    step_fraction: float | None  # of the steps that AdamW took to its best: the median of the seeds' fractions
     second_fraction: float | None
     optimizer_share: float | None
-    median_step: float | None
+    median_step: float | None  # the first step of a run is left out in these two, as it allocates
     worst_step: float | None
     bytes_per_parameter: float
 
@@ -150,35 +130,36 @@ def _median(values: Iterable[float]) -> float | None:
     return value if math.isfinite(value) else None
 
 
-COLUMNS = (
-    "optimizer",
-    "peak rate",
-    "final",
-    "best",
-    "steps to AdamW's best",
-    "seconds to AdamW's best",
-    "optimizer share",
-    "median step",
-    "worst step",
-    "state, B/param",
-)
+#: Of a table, with what stands in them.
+COLUMNS: dict[str, Callable[[Line], str]] = {
+    "optimizer": lambda line: LABELS[line.optimizer] + _lost(line),
+    "peak rate": lambda line: f"{line.lr:g}" + (f" (best of {line.rates})" if line.rates > 1 else ""),
+    "final": lambda line: "diverged" if line.final is None else score(line.final),
+    "best": lambda line: "diverged" if line.best is None else score(line.best),
+    "steps to AdamW's best": lambda line: _number(line.steps, ".0f") + _brackets(line.step_fraction),
+    "seconds to AdamW's best": lambda line: _number(line.seconds, ".1f") + _brackets(line.second_fraction),
+    "optimizer share": lambda line: _number(line.optimizer_share, ".0%"),
+    "median step": lambda line: _number(line.median_step, ".1f", " ms", 1e3),
+    "worst step": lambda line: _number(line.worst_step, ".1f", " ms", 1e3),
+    "state, B/param": lambda line: f"{line.bytes_per_parameter:.1f}",
+}
 
 
 def cells(line: Line) -> tuple[str, ...]:
     """Format a line for a table with the headings `COLUMNS`."""
-    lost = f" ({line.diverged} of {line.seeds} diverged)" if line.diverged and line.best is not None else ""
-    return (
-        LABELS[line.optimizer] + lost,
-        f"{line.lr:g}" + (f" (best of {line.rates})" if line.rates > 1 else ""),
-        "diverged" if line.final is None else score(line.final),
-        "diverged" if line.best is None else score(line.best),
-        _goal("" if line.steps is None else f"{line.steps:.0f}", line.step_fraction),
-        _goal("" if line.seconds is None else f"{line.seconds:.1f}", line.second_fraction),
-        "-" if line.optimizer_share is None else f"{line.optimizer_share:.0%}",
-        "-" if line.median_step is None else f"{1e3 * line.median_step:.1f} ms",
-        "-" if line.worst_step is None else f"{1e3 * line.worst_step:.1f} ms",
-        f"{line.bytes_per_parameter:.1f}",
-    )
+    return tuple(cell(line) for cell in COLUMNS.values())
+
+
+def _lost(line: Line) -> str:
+    return f" ({line.diverged} of {line.seeds} diverged)" if line.diverged and line.best is not None else ""
+
+
+def _number(value: float | None, form: str, unit: str = "", scale: float = 1) -> str:
+    return "-" if value is None else f"{scale * value:{form}}{unit}"
+
+
+def _brackets(fraction: float | None) -> str:
+    return "" if fraction is None else f" ({fraction:.0%})"
 
 
 def score(value: float) -> str:
@@ -186,21 +167,11 @@ def score(value: float) -> str:
     return f"{value:.3f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
-def _goal(value: str, fraction: float | None) -> str:
-    return "-" if not value else value if fraction is None else f"{value} ({fraction:.0%})"
-
-
 # --- in words: every sentence follows from the numbers -----------------------------------------------------------
 
 
 def verdict(lines: Sequence[Line], metric: str, finished: bool) -> str:
-    """Put a race's result into a few sentences.
-
-    Args:
-        lines: from `summarise`, best first.
-        metric: what the scores are, with the unit.
-        finished: False if the race was stopped early.
-    """
+    """Put a race's result, from `summarise`, into a few sentences; ``metric`` is what the scores are, with the unit."""
     sound = [line for line in lines if line.best is not None]
     if not sound:
         return "Every optimizer diverged: give lower learning rates with --lr."
@@ -267,11 +238,9 @@ def _clock(sound: Sequence[Line], winner: Line) -> list[str]:
 
 
 def _beyond(line: Line) -> str:
-    further = "higher" if line.edge == "highest" else "lower"
-    return (
-        f"{LABELS[line.optimizer]}'s best learning rate, {line.lr:g}, is the {line.edge} of the {line.rates} tried: "
-        f"a {further} one may be better (--lr)."
-    )
+    name, further = LABELS[line.optimizer], "higher" if line.edge == "highest" else "lower"
+    tried = f"{line.lr:g}, is the {line.edge} of the {line.rates} tried"
+    return f"{name}'s best learning rate, {tried}: a {further} one may be better (--lr)."
 
 
 def _list(words: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from emerging_optimizers.lab.common import LabError, printable
-from emerging_optimizers.plan.user_modules import search_hint, spelling_hint
+from emerging_optimizers.plan.sources import search_hint, spelling_hint
 
 BUILT_IN = {
     "charlm": "emerging_optimizers.lab.tasks.charlm:CharLM",

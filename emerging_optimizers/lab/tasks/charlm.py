@@ -26,14 +26,7 @@ SHORTEST_TEXT = 10_000  # characters; a tenth of it still gives several differen
 
 
 def read_text(path: str | None) -> str:
-    """Read the text to learn.
-
-    Args:
-        path: a UTF-8 file, or None for Python's own reference text.
-
-    Raises:
-        LabError: the file is missing, is not UTF-8 or is too short.
-    """
+    """Read the text to learn: a UTF-8 file, or None for Python's own reference text."""
     if path is None:
         from pydoc_data.topics import topics
 
@@ -77,11 +70,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only language model with learned positions and an untied output head, 0.6 million parameters.
 
-    Initialised as torch does by default. With GPT-2's initialisation (0.02, less for the layers that write into the
-    residual stream) AdamW ended at 2.08 nats instead of 1.69, each at the best of its rates tried: an easier rival.
-
-    Args:
-        vocabulary: number of different characters.
+    Initialised as torch does by default: with GPT-2's initialisation AdamW is an easier rival.
     """
 
     def __init__(self, vocabulary: int) -> None:
