@@ -137,14 +137,9 @@ def threshold_rows() -> list[tuple[str, str, str]]:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with one tensor.
+    """Something that is wrong with one tensor: of which kind, as "stale basis", what, with the figure, and what to try.
 
-    Attributes:
-        kind: Which of the problems, as "stale basis".
-        name: The tensor.
-        what: What is wrong, with the figure.
-        advice: What to try.
-        severity: How far beyond its threshold, from 1 to 1e6.
+    ``severity`` says how far it is beyond its threshold, from 1 to 1e6.
     """
 
     kind: str

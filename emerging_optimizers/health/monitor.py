@@ -28,11 +28,9 @@ Log = Callable[[str, float, int], object]
 class HealthMonitor:
     """Measures an optimizer every N steps, logs the numbers, and warns in words, once per kind and tensor.
 
-    Call it after each ``optimizer.step()``, as ``monitor()`` or ``monitor.step()``, or give it to
-    ``optimizer.register_step_post_hook``. Only a call that measures waits for the device; it costs a few products per
-    factor. Numbers are called ``health/NAME/residual_0`` and the like, see :class:`TensorHealth` and
-    :class:`FactorHealth`, and ``health/worst_residual``, ``health/findings`` and so on for all tensors together. Where
-    several processes hold the parameters, each monitors what it works on.
+    Call it after each ``optimizer.step()``, or give it to ``optimizer.register_step_post_hook``. Only a call that
+    measures waits for the device. Numbers are called ``health/NAME/residual_0`` and the like, see :class:`TensorHealth`
+    and :class:`FactorHealth`, and ``health/worst_residual``, ``health/findings`` and so on for all tensors together.
 
     Args:
         optimizer: A SOAP optimizer.

@@ -29,11 +29,7 @@ class LabError(Exception):
 
 
 def require(*packages: str) -> None:
-    """Find missing packages now, not when the work has been done.
-
-    Raises:
-        LabError: one is not installed.
-    """
+    """Complain of missing packages now, not when the work has been done."""
     if not all(importlib.util.find_spec(package) for package in packages):
         raise LabError(EXTRA)
 
@@ -82,16 +78,13 @@ def read_results(file: Path) -> dict[str, Any]:
 
 
 def claim_folder(folder: Path, results: str, kind: str, owner: str) -> None:
-    """Make the output folder, or take over one whose results are of the same format.
+    """Make the output folder, or take over one whose file ``results`` is of the same format, and no other.
 
     Args:
         folder: the folder.
         results: the name of the JSON file that it would hold.
         kind: the format that this file names.
         owner: whose it would be, in words.
-
-    Raises:
-        LabError: the folder holds something else, or cannot be made.
     """
     if folder.is_dir() and any(folder.iterdir()) and read_results(folder / results).get("format") != kind:
         raise LabError(f"--out {folder}: the folder is not empty and not {owner}; name another with --out")
@@ -102,21 +95,13 @@ def claim_folder(folder: Path, results: str, kind: str, owner: str) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """Name the file that becomes ``path`` when it is whole.
-
-    In the same folder, as a rename is atomic only within one file system; a fixed name, so that the leftover of a crash
-    is overwritten by the next attempt.
-    """
+    """Name the file that becomes ``path`` when it is whole; the next attempt overwrites what a crash has left of it."""
+    # In the same folder, as a rename is atomic only within one file system.
     return path.with_name(f".{path.name}.tmp")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that its name always stands for one complete version.
-
-    Args:
-        path: the file; its folder exists.
-        write: writes the whole content into a binary file handle.
-    """
+    """Write a file so that its name always stands for one complete version."""
     try:
         with temporary(path).open("wb") as file:
             write(file)
@@ -146,11 +131,7 @@ def damaged_entry(path: Path) -> str | None:
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM are noted in `received`. A second one ends the program at once.
-
-    Attributes:
-        received: number of the signal, or None.
-    """
+    """While entered, SIGINT and SIGTERM are noted in `received`. A second one ends the program at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None

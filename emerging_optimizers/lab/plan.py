@@ -115,7 +115,8 @@ def plan(
     if picture is not None:
         write_picture(picture, planned, planner.plan(described, **{**arguments, "pack_factors": True}))
     if as_json:
-        print(json.dumps(as_data(planned, fit, prediction), indent=1))
+        data = as_data(planned, fit, prediction)
+        print(json.dumps(data, indent=1, default=lambda dtype: str(dtype).removeprefix("torch.")))
     else:
         print_plan(planned, fit, prediction, every, picture)
     if fit is not None and not fit.met:
@@ -276,8 +277,20 @@ def _say_fit(fit: Fit, say: Callable[[str], None]) -> None:
 
 
 def as_data(planned: Plan, fit: Fit | None, prediction: Prediction | None) -> dict[str, Any]:
-    """Turn a plan, and what was asked for besides, into what JSON can hold."""
-    found: dict[str, Any] = {}
+    """Turn a plan, and what was asked for besides, into what JSON can hold, but for dtypes."""
+    options = ("parameters", "options", "ranks", "sharded", "tokens_per_step", "training_flops")
+    found: dict[str, Any] = {"format": FORMAT, "model": planned.model.name, "note": planned.model.note}
+    found |= {key: getattr(planned, key) for key in options}
+    found["totals"] = {
+        key: {**asdict(cost), "mean_flops": cost.mean_flops(planned.frequency), "overhead": planned.overhead(key)}
+        for key, cost in planned.totals.items()
+    }
+    found["shares"] = [asdict(share) for share in planned.shares]
+    found["rows"] = [
+        {key: getattr(row, key) for key in ("name", "shape", "dtype", "optimizer", "reason")}
+        | {"axes": row.layout.axes, **{key: asdict(getattr(row, key)) for key in LABELS}}
+        for row in planned.rows
+    ]
     if prediction is not None:
         found["predicted_seconds"] = asdict(prediction)
     if fit is not None:
@@ -285,44 +298,10 @@ def as_data(planned: Plan, fit: Fit | None, prediction: Prediction | None) -> di
             "met": fit.met,
             "uses": {name: {"used": u, "limit": v} for name, (u, v) in fit.budget.uses(fit.proposal.plan).items()},
             "with_weights": fit.budget.with_weights,
-            "changes": [{"option": c.option, "value": _plain(c.value), "risk": c.risk} for c in fit.proposal.changes],
+            "changes": [asdict(change) for change in fit.proposal.changes],
             "ranks_instead": None if fit.with_ranks is None else fit.with_ranks.ranks,
         }
-    return {
-        "format": FORMAT,
-        "model": planned.model.name,
-        "note": planned.model.note,
-        "parameters": planned.parameters,
-        "options": {key: _plain(value) for key, value in planned.options.items()},
-        "ranks": planned.ranks,
-        "sharded": planned.sharded,
-        "tokens_per_step": planned.tokens_per_step,
-        "training_flops": planned.training_flops,
-        "totals": {
-            key: {**asdict(cost), "mean_flops": cost.mean_flops(planned.frequency), "overhead": planned.overhead(key)}
-            for key, cost in planned.totals.items()
-        },
-        "shares": [asdict(share) for share in planned.shares],
-        "rows": [
-            {
-                "name": row.name,
-                "shape": row.shape,
-                "dtype": _plain(row.dtype),
-                "optimizer": row.optimizer,
-                "reason": row.reason,
-                "axes": row.layout.axes,
-                **{key: asdict(getattr(row, key)) for key in LABELS},
-            }
-            for row in planned.rows
-        ],
-        **found,
-    }
-
-
-def _plain(value: Any) -> Any:
-    import torch
-
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    return found
 
 
 def write_picture(path: Path, planned: Plan, packed: Plan) -> None:

@@ -79,7 +79,6 @@ class Fit:
     """The answer to a budget.
 
     Attributes:
-        budget: The budget.
         met: Whether ``proposal`` meets it.
         proposal: The options of least risk that meet it; if none do, those that miss it least.
         with_ranks: The plan with the fewest ranks, doubling, under the options as they were asked for: no risk to the

@@ -96,11 +96,7 @@ def calibrate(seconds: float = 10.0, device: str | torch.device = "cpu") -> Rate
 
 
 def predict(planned: Plan, rates: Rates) -> Prediction:
-    """Predicts the time of SOAP's step, for a plan on one rank.
-
-    Args:
-        planned: The plan. Its dtype should be float32 and its options those of the default precision.
-        rates: From :func:`calibrate`, on the machine in question.
+    """Predicts the time of SOAP's step by the rates of this machine, for float32 at the default precision.
 
     Raises:
         ValueError: The plan has several ranks, whose transfers were not measured.

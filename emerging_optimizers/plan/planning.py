@@ -51,14 +51,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Share:
-    """What falls to one rank.
+    """What falls to one rank: bytes of optimizer state and of weights with gradients, and the optimizer's FLOPs.
 
-    Attributes:
-        state_bytes: Bytes of optimizer state.
-        weight_bytes: Bytes of weights and gradients.
-        step_flops: The optimizer's FLOPs of a step without a refresh.
-        refresh_flops: FLOPs on top where all eigenbases are refreshed.
-        mean_flops: FLOPs per step, refreshes included.
+    They are those of a step without a refresh, of a refresh of all eigenbases on top, and of the mean step.
     """
 
     state_bytes: int
@@ -122,8 +117,7 @@ class Plan:
     def overhead(self, optimizer: str = "soap") -> float | None:
         """The optimizer's FLOPs per step over those of forward and backward, on the rank with the most; or None.
 
-        Args:
-            optimizer: "soap"; "adamw" or "muon", which without ``sharded`` every rank runs whole.
+        "adamw" and "muon" are run whole by every rank without ``sharded``.
         """
         if self.training_flops is None:
             return None

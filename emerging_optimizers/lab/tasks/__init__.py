@@ -75,14 +75,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def task_class(name: str) -> Callable[..., Task]:
-    """Find a task's class.
-
-    Args:
-        name: a built-in name, or ``package.module:TaskClass``.
-
-    Raises:
-        LabError: there is no such task, it cannot be imported, or it lacks one of the four methods.
-    """
+    """Find a task's class by a built-in name or ``package.module:TaskClass``; LabError if it lacks a method."""
     if ":" not in name and name not in BUILT_IN:
         close = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -108,11 +101,7 @@ def task_class(name: str) -> Callable[..., Task]:
 
 
 def make_task(name: str, seed: int, options: dict[str, Any]) -> Task:
-    """Construct a task for one seed.
-
-    Raises:
-        LabError: as `task_class`, or the class cannot be constructed as ``TaskClass(seed=..., **options)``.
-    """
+    """Construct a task for one seed, as ``TaskClass(seed=..., **options)``."""
     constructor = task_class(name)
     try:
         return constructor(seed=seed, **options)

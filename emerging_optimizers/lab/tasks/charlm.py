@@ -91,11 +91,9 @@ class Transformer(nn.Module):
 
 
 class CharLM:
-    """Character-level language modelling.
+    """Character-level language modelling, of a UTF-8 file or of Python's own reference text.
 
-    Args:
-        seed: start weights and batches follow from it; the validation windows are the same for every seed.
-        text: path of a UTF-8 file, or None for Python's own reference text.
+    Start weights and batches follow from the seed; the validation windows are the same for every one.
     """
 
     name = "charlm"

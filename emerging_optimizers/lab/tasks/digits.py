@@ -16,11 +16,7 @@ BATCH = 128
 
 
 class Digits:
-    """Classification of 8 x 8 grey images into ten digits.
-
-    Args:
-        seed: start weights and batches follow from it.
-    """
+    """Classification of 8 x 8 grey images into ten digits; start weights and batches follow from the seed."""
 
     name = "digits"
     metric = "validation cross-entropy, nats"
