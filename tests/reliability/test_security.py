@@ -408,10 +408,9 @@ def test_the_live_table_shows_hostile_words_as_they_are_but_harmless(
     console = Console(file=file, force_terminal=True, width=500, color_system=None)
     monkeypatch.setattr(display, "REDRAW_SECONDS", 0.0)
     display.print_routing(race, console)
-    with display.display_for(race, console) as show:
-        assert isinstance(show, display.LiveDisplay)
+    with display.live(race, console) as update:
         for run in race.play():
-            show.update(run)
+            update(run)
     shown = file.getvalue()
     words = " ".join(shown.split())  # the caption is as narrow as the table
     assert f"scores: metric {printable(EVIL)}; Ctrl-C" in words

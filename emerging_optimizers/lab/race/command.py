@@ -103,9 +103,9 @@ def play(race: Race, folder: Path) -> None:
     display.print_routing(race, console)
     with StopRequest() as stop:
         saved = monotonic()
-        with display.display_for(race, console) as show:
+        with (display.live if console.is_terminal else display.plain)(race, console) as update:
             for run in race.play():
-                show.update(run)
+                update(run)
                 if stop.received is not None:
                     break
                 if monotonic() - saved > SECONDS_BETWEEN_SAVES:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic
-from typing import Any, Self
 
 from rich import box
 from rich.console import Console
@@ -21,96 +22,82 @@ from emerging_optimizers.routing import route_parameters
 
 REDRAW_SECONDS = 0.25
 
+Update = Callable[[Run], None]  # is told of each run that has moved
 
-class LiveDisplay:
-    """A table with a progress bar per optimizer and learning rate, redrawn in place."""
 
-    def __init__(self, race: Race, console: Console) -> None:
-        self._race = race
-        # No refresh thread: it would take the interpreter from the step that is being timed.
-        self._live = Live(self._table(), console=console, auto_refresh=False)
-        self._drawn = 0.0
+@contextmanager
+def live(race: Race, console: Console) -> Iterator[Update]:
+    """Redraw a table in place, with a progress bar per optimizer and learning rate."""
+    drawn = 0.0
+    # No refresh thread: it would take the interpreter from the step that is being timed.
+    with Live(_progress(race), console=console, auto_refresh=False) as shown:
 
-    def __enter__(self) -> Self:
-        self._live.__enter__()
-        return self
+        def update(_: Run) -> None:
+            nonlocal drawn
+            if (now := monotonic()) - drawn > REDRAW_SECONDS:
+                drawn = now
+                shown.update(_progress(race), refresh=True)
 
-    def __exit__(self, *error: Any) -> None:
-        self._live.update(self._table(), refresh=True)
-        self._live.__exit__(*error)
+        try:
+            yield update
+        finally:
+            shown.update(_progress(race), refresh=True)
 
-    def update(self, run: Run) -> None:
-        """Redraw, unless that was done a moment ago."""
-        if (now := monotonic()) - self._drawn > REDRAW_SECONDS:
-            self._drawn = now
-            self._live.update(self._table(), refresh=True)
 
-    def _table(self) -> Table:
-        table = Table(
-            box=box.SIMPLE,
-            pad_edge=False,
-            collapse_padding=True,
-            # As a Text, because a string is read for markup: [m/s] would be a style, and [/s] an error.
-            caption=Text(f"scores: {self._race.settings.metric}; Ctrl-C stops and saves", style="table.caption"),
+def _progress(race: Race) -> Table:
+    table = Table(
+        box=box.SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+        # As a Text, because a string is read for markup: [m/s] would be a style, and [/s] an error.
+        caption=Text(f"scores: {race.settings.metric}; Ctrl-C stops and saves", style="table.caption"),
+    )
+    table.add_column("optimizer", no_wrap=True)
+    table.add_column("progress", min_width=10)
+    for heading in ("rate", "step", "train loss", "score", "ms per step", "opt. share"):
+        table.add_column(heading, justify="right")
+    for runs in _rows(race):
+        record = runs[0].record
+        done, total = sum(run.step for run in runs), race.steps * len(runs)
+        seconds = sum(sum(run.record.step_seconds) for run in runs)
+        own = sum(sum(run.record.optimizer_seconds) for run in runs)
+        sound = [run.record for run in runs if not run.record.diverged]
+        losses = [r.train_loss[-1] for r in sound if r.train_loss]
+        table.add_row(
+            LABELS[record.optimizer] + ("" if len(sound) == len(runs) else f" ({len(runs) - len(sound)} diverged)"),
+            ProgressBar(total=total, completed=done, width=20),
+            f"{record.lr:g}",
+            f"{done // len(runs)}/{race.steps}",
+            score(statistics.median(losses)) if losses else "-",
+            score(statistics.median(r.validation[-1] for r in sound)) if sound else "-",
+            f"{1e3 * seconds / done:.0f}" if done else "-",
+            f"{own / seconds:.0%}" if seconds else "-",
         )
-        table.add_column("optimizer", no_wrap=True)
-        table.add_column("progress", min_width=10)
-        for heading in ("rate", "step", "train loss", "score", "ms per step", "opt. share"):
-            table.add_column(heading, justify="right")
-        for runs in _rows(self._race):
-            record = runs[0].record
-            done, total = sum(run.step for run in runs), self._race.steps * len(runs)
-            seconds = sum(sum(run.record.step_seconds) for run in runs)
-            own = sum(sum(run.record.optimizer_seconds) for run in runs)
-            sound = [run.record for run in runs if not run.record.diverged]
-            losses = [r.train_loss[-1] for r in sound if r.train_loss]
-            table.add_row(
-                LABELS[record.optimizer] + ("" if len(sound) == len(runs) else f" ({len(runs) - len(sound)} diverged)"),
-                ProgressBar(total=total, completed=done, width=20),
-                f"{record.lr:g}",
-                f"{done // len(runs)}/{self._race.steps}",
-                score(statistics.median(losses)) if losses else "-",
-                score(statistics.median(r.validation[-1] for r in sound)) if sound else "-",
-                f"{1e3 * seconds / done:.0f}" if done else "-",
-                f"{own / seconds:.0%}" if seconds else "-",
-            )
-        return table
+    return table
 
 
-class PlainDisplay:
-    """One line per tenth of the race, for logs and pipes."""
+@contextmanager
+def plain(race: Race, console: Console) -> Iterator[Update]:
+    """Print a line when all runs have come through another tenth of their steps, for logs and pipes."""
+    told = max(10 * run.step // race.steps for run in race.runs)
+    begin = monotonic()
 
-    def __init__(self, race: Race, console: Console) -> None:
-        self._race = race
-        self._console = console
-        self._told = max(10 * run.step // race.steps for run in race.runs)
-        self._begin = monotonic()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def update(self, run: Run) -> None:
-        """Print a line when all runs have come through another tenth of their steps."""
+    def update(run: Run) -> None:
+        nonlocal told
         step = run.step
-        level = all(other.step == step or other.record.diverged for other in self._race.runs)
-        if not level or 10 * step // self._race.steps <= self._told:
+        level = all(other.step == step or other.record.diverged for other in race.runs)
+        if not level or 10 * step // race.steps <= told:
             return
-        self._told = 10 * step // self._race.steps
+        told = 10 * step // race.steps
         scores = []
-        for runs in _rows(self._race):
+        for runs in _rows(race):
             record = runs[0].record
             sound = [r.record.validation[-1] for r in runs if not r.record.diverged]
-            rate = f" {record.lr:g}" if len(self._race.options.learning_rates[record.optimizer]) > 1 else ""
+            rate = f" {record.lr:g}" if len(race.options.learning_rates[record.optimizer]) > 1 else ""
             scores.append(f"{record.optimizer}{rate} {score(statistics.median(sound)) if sound else 'diverged'}")
-        seconds = f"{monotonic() - self._begin:.0f} s"
-        tell(self._console, f"step {step}/{self._race.steps}  {'  '.join(scores)}  [{seconds}]")
+        tell(console, f"step {step}/{race.steps}  {'  '.join(scores)}  [{monotonic() - begin:.0f} s]")
 
-
-def display_for(race: Race, console: Console) -> LiveDisplay | PlainDisplay:
-    """Choose the display that suits where the output goes: a context manager, to be told of each run that has moved."""
-    return LiveDisplay(race, console) if console.is_terminal else PlainDisplay(race, console)
+    yield update
 
 
 def _rows(race: Race) -> list[list[Run]]:
