@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from emerging_optimizers.soap.placement import is_dtensor, local_tensor
-
 #: Options that a parameter group has if it is SOAP's.
 SOAP_OPTIONS = ("shampoo_beta", "precondition_frequency", "max_precond_dim", "merge_dims", "precondition_1d")
 
@@ -42,7 +40,8 @@ class Entry(NamedTuple):
         if shapes and tuple(value.shape) not in shapes:
             wanted = next((shape for shape in shapes if len(shape) == value.dim()), shapes[0])
             raise ValueError(f"the state {key!r} of {self.name} must have shape {wanted}, got {tuple(value.shape)}")
-        return _whole(value.detach())
+        whole: Tensor = _whole(value.detach())
+        return whole
 
     def count(self, key: str) -> int:
         """A counter of the state, 0 where it is not there: a tensor of one element, or a number in older states."""
@@ -73,10 +72,11 @@ def entries(
     options = [(key, group) for group in groups for key in group["params"]]
     for name, (key, group) in zip(_names([key for key, _ in options], groups, names), options, strict=True):
         state = states.get(key)  # never by [], which would make an entry
-        weight = local_tensor(key).detach() if isinstance(key, Tensor) else (weights or {}).get(name)
+        mine: Any = key.to_local() if hasattr(key, "to_local") else key
+        weight = mine if isinstance(mine, Tensor) else (weights or {}).get(name)
         if not isinstance(state, Mapping | None):
             raise ValueError(f"the state of {name} must be a dict, got {type(state).__name__}")
-        yield Entry(name, group, state or {}, weight if isinstance(weight, Tensor) else None)
+        yield Entry(name, group, state or {}, weight.detach() if isinstance(weight, Tensor) else None)
 
 
 def _parts_of(source: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], Mapping[Any, Any]]:
@@ -116,15 +116,14 @@ def _names(keys: list[Any], groups: list[Mapping[str, Any]], names: Names | None
     return [by_identity.get(id(key), name) for key, name in zip(keys, found, strict=True)]
 
 
-def _whole(value: Tensor) -> Tensor:
-    if not is_dtensor(value):
+def _whole(value: Any) -> Any:
+    """A tensor itself; of a DTensor, which is told by its methods, what its processes hold together."""
+    if not hasattr(value, "full_tensor"):
         return value
-    given: Any = value
     try:
-        full: Tensor = given.to(given.device_mesh.device_type).full_tensor()
+        return value.to(value.device_mesh.device_type).full_tensor()
     except (RuntimeError, ValueError) as error:  # its processes are gone
         raise ValueError(
             "source has DTensors, which only their processes can put together: let each of them call this on "
             "optimizer.state_dict(), or save the full state"
         ) from error
-    return full

@@ -23,7 +23,7 @@ import torch
 
 from emerging_optimizers.lab import cli
 from emerging_optimizers.lab.common import LabError
-from emerging_optimizers.lab.race import checkpoint
+from emerging_optimizers.lab.race import checkpoint, command
 from emerging_optimizers.lab.race.race import FORMAT, Race
 from tests.lab.conftest import TINY
 from tests.reliability.kill_worker import digest, losses, options, stamped, version_of
@@ -205,7 +205,7 @@ def test_a_disk_that_fills_up_during_a_race_is_one_line_and_the_race_resumes_lat
     (folder / "race").mkdir()
     checkpoint.save(folder / "race", play(Race(options(steps=15)), 7).state())
     old = (folder / "race" / checkpoint.CHECKPOINT).read_bytes()
-    monkeypatch.setattr(cli, "SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(command, "SECONDS_BETWEEN_SAVES", -1.0)
     with DISKS[reason](20_000):
         assert cli.main(["race", "--resume", "race"]) == 2
     err = capsys.readouterr().err
