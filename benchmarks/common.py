@@ -199,8 +199,7 @@ def floor_flops(shapes: list[Shape]) -> int:
 def race(task: str, rates: dict[str, float | Sequence[float]], seeds: Sequence[int], frequency: int = 10,
          steps: int | None = None) -> Any:  # fmt: skip
     """A race of the lab with one thread, which ``play()`` runs; ``rates`` are the optimizers' learning rates."""
-    from emerging_optimizers.lab.options import Options
-    from emerging_optimizers.lab.race import Race
+    from emerging_optimizers.lab.race.race import Options, Race
 
     several = {name: tuple(rate) if isinstance(rate, Sequence) else (rate,) for name, rate in rates.items()}
     return Race(Options(task, None, several, tuple(seeds), steps, frequency, threads=1))
@@ -220,7 +219,7 @@ def parser(doc: str | None, result: str, device: bool = False) -> argparse.Argum
 
 def heading(device: str = "cpu") -> dict[str, Any]:
     """What a reader of the result must know: date, machine, versions."""
-    from emerging_optimizers.lab.machine import machine, versions
+    from emerging_optimizers.lab.common import machine, versions
 
     head = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions()}
     return head if device == "cpu" else {**head, "device": torch.cuda.get_device_name()}

@@ -56,20 +56,13 @@ class Routing:
             soap: Options of the preconditioned group.
             adamw: Options of the AdamW group, for instance its own ``lr``.
         """
-        groups = [
-            {**(soap or {}), "params": self.soap},
-            {**(adamw or {}), "params": self.adamw, "max_precond_dim": 0},
-        ]
-        return [group for group in groups if group["params"]]
+        return _two_groups(soap or {}, self.soap, adamw or {}, self.adamw)
 
     def split(self, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Divides parameter groups that somebody else made into groups for SOAP, with names.
 
         Frameworks make groups by weight decay, or by the depth of a layer. Each comes out as up to two, its
         preconditioned parameters and AdamW's, with its options. Frozen parameters are left out.
-
-        Args:
-            groups: Parameter groups, as for any optimizer, of parameters of the model.
 
         Raises:
             ValueError: A group has a parameter that the model does not have.
@@ -84,7 +77,7 @@ class Routing:
             ['0.weight'] {'weight_decay': 0.1, 'max_precond_dim': 0}
             ['1.bias'] {'weight_decay': 0.0, 'max_precond_dim': 0}
         """
-        split = []
+        split: list[dict[str, Any]] = []
         for index, group in enumerate(groups):
             options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
             parts: dict[str, list[tuple[str, Tensor]]] = {"soap": [], "adamw": [], "frozen": []}
@@ -98,9 +91,8 @@ class Routing:
                     )
                 route = self._route_of[parameter]
                 parts[route.optimizer].append((route.name, parameter))
-            split.append({**options, "params": parts["soap"]})
-            split.append({**options, "params": parts["adamw"], "max_precond_dim": 0})
-        return [group for group in split if group["params"]]
+            split += _two_groups(options, parts["soap"], options, parts["adamw"])
+        return split
 
     def __str__(self) -> str:
         """A table with one line per parameter, and totals."""
@@ -114,6 +106,13 @@ class Routing:
             if chosen:
                 lines.append(f"{optimizer}: {len(chosen)} tensors, {sum(r.numel for r in chosen):,} parameters")
         return "\n".join(lines)
+
+
+def _two_groups(
+    soap: Mapping[str, Any], preconditioned: Any, adamw: Mapping[str, Any], rest: Any
+) -> list[dict[str, Any]]:
+    groups = [{**soap, "params": preconditioned}, {**adamw, "params": rest, "max_precond_dim": 0}]
+    return [group for group in groups if group["params"]]
 
 
 def route_parameters(
@@ -131,9 +130,6 @@ def route_parameters(
         soap: Names of parameters or modules that are preconditioned whatever the rules say.
         head: Name of the output head's module, whose parameters go to AdamW; "last" takes the ``nn.Linear`` that was
             registered last, if there are several; None: the model has no head.
-
-    Returns:
-        The routing.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -190,13 +186,7 @@ def route_shapes(
 ) -> tuple[Route, ...]:
     """Decides as :func:`route_parameters` does, for a model of which only the shapes are known.
 
-    Args:
-        shapes: The parameters' names and shapes, all of them trained.
-        embeddings: Names of the parameters of embeddings.
-        heads: Names of the parameters of output heads.
-
-    Returns:
-        One :class:`Route` per parameter, in order.
+    ``embeddings`` and ``heads`` name the parameters of embeddings and output heads. All parameters are trained.
 
     Raises:
         ValueError: A name is not one of ``shapes``.

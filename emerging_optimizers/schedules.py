@@ -5,9 +5,8 @@ SOAP refreshes its eigenbases at step ``t`` when ``t % f(t) == 0``. Any function
 here can also be printed (the repr evaluates to an equal schedule), compared, hashed and pickled. SOAP does not save
 them in its ``state_dict``: give the resumed optimizer the same schedule.
 
-Only the current ``f`` decides: nothing counts the steps since the last refresh. While ``f`` changes, the
-refreshes are the steps that their own frequency happens to divide, which may be fewer than ``f`` suggests.
-At its worst, ``f`` grows as fast as ``t`` and stays just ahead of it:
+Only the current ``f`` decides, so that a changing one may refresh less often than it suggests. At its worst it grows
+as fast as ``t`` and stays just ahead of it:
 
 >>> schedule = LinearFrequency(start=2, end=12, steps=10)
 >>> [t for t in range(40) if t % schedule(t) == 0]
@@ -22,42 +21,53 @@ Steps between frequencies that divide one another avoid this, and so does a chan
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 __all__ = ["ConstantFrequency", "CosineFrequency", "LinearFrequency", "StepFrequency"]
 
 
 @dataclass(frozen=True, slots=True)
-class ConstantFrequency:
+class _Schedule:
+    """A frequency at every step, from fields that are integers of at least 1."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _require_int(field.name, getattr(self, field.name))
+
+    def __call__(self, t: int) -> int:
+        """Return the frequency at step ``t``."""
+        if t < 0:
+            raise ValueError(f"t: got {t!r}, wanted a step of at least 0")
+        return self._at(t)
+
+    def _at(self, t: int) -> int:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class ConstantFrequency(_Schedule):
     """The same frequency at every step; equal in effect to passing the integer.
 
     Args:
         frequency: Steps from one refresh to the next, at least 1.
 
     Raises:
-        TypeError: If ``frequency`` is not an int.
-        ValueError: If ``frequency`` is below 1.
+        TypeError, ValueError: If ``frequency`` is not an int, or below 1.
 
     Example:
-        >>> ConstantFrequency(10)
-        ConstantFrequency(frequency=10)
         >>> ConstantFrequency(10)(12345)
         10
     """
 
     frequency: int
 
-    def __post_init__(self) -> None:
-        _require_int("frequency", self.frequency, minimum=1)
-
-    def __call__(self, t: int) -> int:
-        """Return the frequency at step ``t``."""
-        _require_step(t)
+    def _at(self, t: int) -> int:
         return self.frequency
 
 
 @dataclass(frozen=True, slots=True)
-class LinearFrequency:
+class LinearFrequency(_Schedule):
     """A straight line from ``start`` at step 0 to ``end`` at step ``steps``, rounded; ``end`` from there on.
 
     Args:
@@ -66,8 +76,7 @@ class LinearFrequency:
         steps: Length of the change in steps, at least 1.
 
     Raises:
-        TypeError: If an argument is not an int.
-        ValueError: If an argument is below 1.
+        TypeError, ValueError: If an argument is not an int, or below 1.
 
     Example:
         >>> schedule = LinearFrequency(start=1, end=10, steps=900)
@@ -79,28 +88,19 @@ class LinearFrequency:
     end: int
     steps: int
 
-    def __post_init__(self) -> None:
-        for name in ("start", "end", "steps"):
-            _require_int(name, getattr(self, name), minimum=1)
+    def _at(self, t: int) -> int:
+        progress = self._progress(min(t, self.steps) / self.steps)
+        # Halves round up: to the even neighbour, as round() has it, the frequencies would last unequally long.
+        # The inner rounding lifts what only its last bits put below a half, so that all math libraries agree.
+        return math.floor(round(self.start + (self.end - self.start) * progress, 9) + 0.5)
 
-    def __call__(self, t: int) -> int:
-        """Return the frequency at step ``t``."""
-        _require_step(t)
-        return _interpolate(self.start, self.end, min(t, self.steps) / self.steps)
+    def _progress(self, share: float) -> float:
+        return share
 
 
 @dataclass(frozen=True, slots=True)
-class CosineFrequency:
+class CosineFrequency(LinearFrequency):
     """As :class:`LinearFrequency`, along half a cosine: slow at both ends, fastest in the middle.
-
-    Args:
-        start: Frequency at step 0, at least 1.
-        end: Frequency from step ``steps`` on, at least 1; may be below ``start``.
-        steps: Length of the change in steps, at least 1.
-
-    Raises:
-        TypeError: If an argument is not an int.
-        ValueError: If an argument is below 1.
 
     Example:
         >>> schedule = CosineFrequency(start=1, end=13, steps=900)
@@ -108,23 +108,12 @@ class CosineFrequency:
         [1, 4, 7, 10, 13, 13]
     """
 
-    start: int
-    end: int
-    steps: int
-
-    def __post_init__(self) -> None:
-        for name in ("start", "end", "steps"):
-            _require_int(name, getattr(self, name), minimum=1)
-
-    def __call__(self, t: int) -> int:
-        """Return the frequency at step ``t``."""
-        _require_step(t)
-        progress = (1.0 - math.cos(math.pi * min(t, self.steps) / self.steps)) / 2.0
-        return _interpolate(self.start, self.end, progress)
+    def _progress(self, share: float) -> float:
+        return (1.0 - math.cos(math.pi * share)) / 2.0
 
 
 @dataclass(frozen=True, slots=True, init=False)
-class StepFrequency:
+class StepFrequency(_Schedule):
     """``start`` until the first milestone, then each milestone's frequency from its step on.
 
     Args:
@@ -148,7 +137,6 @@ class StepFrequency:
     milestones: tuple[tuple[int, int], ...]
 
     def __init__(self, start: int, milestones: Mapping[int, int] | Iterable[tuple[int, int]]) -> None:
-        _require_int("start", start, minimum=1)
         pairs = milestones.items() if isinstance(milestones, Mapping) else milestones
         try:
             ordered = tuple((step, frequency) for step, frequency in pairs)
@@ -156,38 +144,21 @@ class StepFrequency:
             raise TypeError(
                 f"milestones: got {milestones!r}, wanted a mapping or pairs of step and frequency"
             ) from None
+        _require_int("start", start)
         for step, frequency in ordered:
-            _require_int("milestones: step", step, minimum=1)
-            _require_int(f"milestones: frequency from step {step}", frequency, minimum=1)
-        if len({step for step, _ in ordered}) < len(ordered):
+            _require_int("milestones: step", step)
+            _require_int(f"milestones: frequency from step {step}", frequency)
+        if len(dict(ordered)) < len(ordered):
             raise ValueError(f"milestones: got {milestones!r}, wanted each step once")
         object.__setattr__(self, "start", start)  # frozen
         object.__setattr__(self, "milestones", tuple(sorted(ordered)))
 
-    def __call__(self, t: int) -> int:
-        """Return the frequency at step ``t``."""
-        _require_step(t)
-        current = self.start
-        for step, frequency in self.milestones:
-            if t < step:
-                break
-            current = frequency
-        return current
+    def _at(self, t: int) -> int:
+        reached = [frequency for step, frequency in self.milestones if step <= t]
+        return reached[-1] if reached else self.start
 
 
-def _interpolate(start: int, end: int, progress: float) -> int:
-    # Halves round up: to the even neighbour, as round() has it, the frequencies would last unequally long.
-    # The inner rounding lifts what only its last bits put below a half, so that all math libraries agree.
-    return math.floor(round(start + (end - start) * progress, 9) + 0.5)
-
-
-def _require_int(name: str, value: object, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, wanted an int of at least {minimum}")
-    if value < minimum:
-        raise ValueError(f"{name}: got {value!r}, wanted an int of at least {minimum}")
-
-
-def _require_step(t: int) -> None:
-    if t < 0:
-        raise ValueError(f"t: got {t!r}, wanted a step of at least 0")
+def _require_int(name: str, value: Any) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < 1:
+        raise (ValueError if whole else TypeError)(f"{name}: got {value!r}, wanted an int of at least 1")

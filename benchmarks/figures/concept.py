@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import heading, parser, race, write
 from emerging_optimizers.health import examine
-from emerging_optimizers.lab.optimizers import BETAS, tuned_rate
+from emerging_optimizers.lab.race.optimizers import BETAS, tuned_rate
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.soap import precondition
 

@@ -14,8 +14,8 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 from benchmarks.common import ROOT, parser, plain, save
 from benchmarks.figures.concept import ANGLES, turn
-from emerging_optimizers.lab.plots import STYLES
-from emerging_optimizers.lab.results import LABELS
+from emerging_optimizers.lab.race.plots import STYLES
+from emerging_optimizers.lab.race.verdict import LABELS
 
 WIDTH = 5.2  # inches; narrow, so that the letters stay readable where a phone scales the picture down
 SOAP, ADAMW = (STYLES[name] for name in ("soap", "adamw"))

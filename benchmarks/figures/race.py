@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.common import ROOT, parser, table, write
 from emerging_optimizers.lab.cli import main as soap
-from emerging_optimizers.lab.results import COLUMNS, Line, cells
+from emerging_optimizers.lab.race.verdict import COLUMNS, Line, cells
 from emerging_optimizers.lab.tasks import BUILT_IN
 
 SMALL = "soap,soap-kronecker,kl-soap,adamw,muon"

@@ -14,8 +14,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import heading, parser, race, table, write
-from emerging_optimizers.lab.optimizers import tuned_rate
-from emerging_optimizers.lab.results import score
+from emerging_optimizers.lab.race.optimizers import tuned_rate
+from emerging_optimizers.lab.race.verdict import score
 
 TASKS = ("digits", "pinn")
 OPTIMIZERS = ("soap", "soap-kronecker")

@@ -17,7 +17,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity
 
 from benchmarks.common import PARAMETER_SETS, Shape, heading, parser, race, state_bytes, write
-from emerging_optimizers.lab.optimizers import BETAS, WEIGHT_DECAY, Contender, tuned_rate
+from emerging_optimizers.lab.race.optimizers import BETAS, WEIGHT_DECAY, Contender, tuned_rate
 from emerging_optimizers.plan import plan
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.soap import SOAP

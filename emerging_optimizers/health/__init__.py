@@ -21,9 +21,9 @@ Example:
     9
 """
 
-from emerging_optimizers.health.diagnosis import Finding, concern
+from emerging_optimizers.health.diagnosis import Finding, Health, concern
 from emerging_optimizers.health.measure import examine
 from emerging_optimizers.health.monitor import HealthMonitor
-from emerging_optimizers.health.results import FactorHealth, Health, TensorHealth
+from emerging_optimizers.health.results import FactorHealth, TensorHealth
 
 __all__ = ["FactorHealth", "Finding", "Health", "HealthMonitor", "TensorHealth", "concern", "examine"]

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch.optim import Optimizer
 
+from emerging_optimizers.health.diagnosis import Health
 from emerging_optimizers.health.measure import examine
-from emerging_optimizers.health.results import Health
 from emerging_optimizers.health.source import Names, entries
 
 logger = logging.getLogger(__name__)
@@ -26,18 +26,11 @@ Log = Callable[[str, float, int], object]
 
 
 class HealthMonitor:
-    """Measures an optimizer every N steps, logs the numbers and warns in words.
+    """Measures an optimizer every N steps, logs the numbers, and warns in words, once per kind and tensor.
 
-    Call it once after each ``optimizer.step()``, as ``monitor()`` or ``monitor.step()``; or let the optimizer do so,
-    with ``optimizer.register_step_post_hook(monitor)``. A call that does not measure adds one to a counter and compares
-    it. One that does waits for the device and costs a few products per factor, about as much as a basis refresh without
-    its decomposition.
-
-    Numbers are called ``health/NAME/residual_0`` and the like, see :class:`TensorHealth` and :class:`FactorHealth`, and
-    ``health/worst_residual``, ``health/worst_orthogonality``, ``health/skipped_steps``, ``health/failed_refreshes`` and
-    ``health/findings`` for all tensors together. What is wrong is told once per kind and tensor, as a warning of the
-    logger ``emerging_optimizers.health.monitor``. Where several processes hold the parameters, each monitors what it
-    works on.
+    Call it after each ``optimizer.step()``, or give it to ``optimizer.register_step_post_hook``. Only a call that
+    measures waits for the device. Numbers are called ``health/NAME/residual_0`` and the like, see :class:`TensorHealth`
+    and :class:`FactorHealth`, and ``health/worst_residual``, ``health/findings`` and so on for all tensors together.
 
     Args:
         optimizer: A SOAP optimizer.
@@ -87,8 +80,7 @@ class HealthMonitor:
             raise TypeError(f"log must be a callable (name, value, step) or have add_scalar, got {type(log).__name__}")
         # named_parameters() can be gone through only once.
         self._names: list[Any] | None = None if names is None else list(names)
-        for _ in entries(optimizer, self._names, None):
-            pass
+        list(entries(optimizer, self._names, None))  # raises
         self.optimizer, self.every = optimizer, every
         self.health: Health | None = None
         self._log: Log | None = writer if writer is not None else log  # type: ignore[assignment]
@@ -122,8 +114,7 @@ class HealthMonitor:
 
 def _scalars(health: Health) -> Iterable[tuple[str, float]]:
     for tensor in health.tensors:
-        for key, value in tensor.scalars():
-            yield f"{tensor.name}/{key}", value
+        yield from ((f"{tensor.name}/{key}", value) for key, value in tensor.scalars())
     factors = [factor for tensor in health.tensors for factor in tensor.factors]
     for key in ("residual", "orthogonality"):
         found = [value for factor in factors if (value := getattr(factor, key)) is not None]

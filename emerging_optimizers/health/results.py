@@ -1,13 +1,9 @@
-"""What an examination gives: plain values, for one axis, one parameter and all of them."""
+"""What an examination measures: plain values, for one axis and for one parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from typing import Any
-
-from emerging_optimizers.health.diagnosis import Finding, concern, diagnose
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -16,7 +12,6 @@ class FactorHealth:
 
     Attributes:
         axis: The axis of the working shape.
-        size: d.
         orthogonality: ``max |Q^T Q - I|``; None before the first refresh.
         residual: What of ``K`` is not diagonal in the basis, ``|offdiag(Q^T K Q)|_F / |K|_F``, from 0 (fresh) to 1.
             None before the first refresh and for a factor of zeros.
@@ -27,7 +22,6 @@ class FactorHealth:
         dead_share: The share of the axis's indices along which the gradient has always been exactly zero.
         spectrum: The eigenvalues, largest first, not below 0; empty for a factor that is not finite.
         basis_dtype: The dtype that ``Q`` is kept in, as "float32".
-        finite: Whether ``K`` and ``Q`` are.
     """
 
     axis: int
@@ -47,7 +41,6 @@ class TensorHealth:
     """One parameter. None stands for: not known, or not defined yet.
 
     Attributes:
-        name: Its name.
         shape: Of its moments: its own, or that of the piece which this process has of a tensor that gets AdamW.
         preconditioned: Whether it has factors; otherwise it gets plain AdamW, and fewer measurements.
         weight_dtype: The parameter's dtype, as "bfloat16"; None where the weight is not known.
@@ -60,13 +53,10 @@ class TensorHealth:
             give it: an estimate where ``use_nesterov`` adds the gradient, which is gone. 1 is one learning rate per
             weight.
         update_rms: ``lr * direction_rms``, with the learning rate that the group has now.
-        weight_rms: Root mean square of the weight.
         update_ratio: ``update_rms / weight_rms``; None for a weight of zeros.
-        learning_rate: The group's.
         dead: Whether the second moment is zero everywhere: no usable gradient but zero has ever come.
         finite: Whether the moments and factors are.
         adaptive: Whether the adaptive criterion may leave a basis alone.
-        factors: Per preconditioned axis.
     """
 
     name: str
@@ -89,6 +79,11 @@ class TensorHealth:
     factors: tuple[FactorHealth, ...]
 
     @property
+    def usable_steps(self) -> int:
+        """Steps whose gradient could be used."""
+        return self.step - self.skipped_steps
+
+    @property
     def periods(self) -> float | None:
         """The age of the basis in refresh periods, below 1 where refreshes happen when they are due."""
         return None if self.age is None or self.frequency is None else self.age / self.frequency
@@ -102,47 +97,3 @@ class TensorHealth:
             for key in ("orthogonality", "residual", "effective_rank", "condition", "dead_share"):
                 if (value := getattr(factor, key)) is not None:
                     yield f"{key}_{factor.axis}", float(value)
-
-
-@dataclass(frozen=True)
-class Health:
-    """What :func:`emerging_optimizers.health.examine` found.
-
-    Attributes:
-        tensors: The parameters that have a state here, in the optimizer's order.
-        waiting: The names of those that have none yet: no gradient has come.
-        elsewhere: The names of those that another process works on, which must be asked there.
-        incidents: What was survived in this process so far, of every optimizer in it, by kind; empty for a saved state.
-    """
-
-    tensors: tuple[TensorHealth, ...]
-    waiting: tuple[str, ...]
-    elsewhere: tuple[str, ...]
-    incidents: Mapping[str, int]
-
-    @cached_property
-    def findings(self) -> tuple[Finding, ...]:
-        """What is wrong and what to try, worst first; empty where nothing is."""
-        found = (finding for tensor in self.tensors for finding in diagnose(tensor))
-        return tuple(sorted(found, key=lambda finding: -finding.severity))
-
-    @property
-    def worst_first(self) -> list[TensorHealth]:
-        """The tensors by how near they are to a threshold, or how far beyond."""
-        return sorted(self.tensors, key=lambda tensor: -concern(tensor))
-
-    @property
-    def step(self) -> int:
-        """The steps of the tensor that has done most."""
-        return max((tensor.step for tensor in self.tensors), default=0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain dicts, lists, numbers and texts, all finite, for JSON."""
-        return {
-            "step": self.step,
-            "findings": [asdict(finding) for finding in self.findings],
-            "tensors": [asdict(tensor) | {"periods": tensor.periods} for tensor in self.tensors],
-            "waiting": list(self.waiting),
-            "elsewhere": list(self.elsewhere),
-            "incidents": dict(self.incidents),
-        }

@@ -5,33 +5,51 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from emerging_optimizers.soap.distributed.grid import is_dtensor, local_tensor
-
 #: Options that a parameter group has if it is SOAP's.
 SOAP_OPTIONS = ("shampoo_beta", "precondition_frequency", "max_precond_dim", "merge_dims", "precondition_1d")
-
 
 #: What a user may give as names: one per parameter in the optimizer's order, or ``model.named_parameters()``.
 Names = Iterable[str] | Iterable[tuple[str, Tensor]]
 
 
 class Entry(NamedTuple):
-    """One parameter.
-
-    Attributes:
-        name: Its name, or "parameter 3" by its place in the optimizer.
-        options: Its group.
-        state: Its state; empty before its first step.
-        weight: What this process has of the parameter; None where it is not known.
-    """
+    """One parameter: its name, its group, its state (empty before its first step) and, where known, its weight."""
 
     name: str
     options: Mapping[str, Any]
     state: Mapping[str, Any]
     weight: Tensor | None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether another process has the tensors: those here are empty, also that of a counter."""
+        counter = self.state.get("skipped_steps")
+        return isinstance(counter, Tensor) and counter.dim() > 0
+
+    def tensor(self, key: str, *shapes: tuple[int, ...]) -> Tensor:
+        """A tensor of the state, of one of these shapes, if given. A DTensor is put together, which is a collective."""
+        value: Any = self.state.get(key)
+        dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+        if not dense or not value.is_floating_point():
+            got = "nothing" if value is None else str(getattr(value, "dtype", type(value).__name__))
+            raise ValueError(f"the state {key!r} of {self.name} must be a dense tensor of real numbers, got {got}")
+        if shapes and tuple(value.shape) not in shapes:
+            wanted = next((shape for shape in shapes if len(shape) == value.dim()), shapes[0])
+            raise ValueError(f"the state {key!r} of {self.name} must have shape {wanted}, got {tuple(value.shape)}")
+        whole: Tensor = _whole(value.detach())
+        return whole
+
+    def count(self, key: str) -> int:
+        """A counter of the state, 0 where it is not there: a tensor of one element, or a number in older states."""
+        value = self.state.get(key, 0)
+        try:
+            return int(_whole(value.detach()).item() if isinstance(value, Tensor) else value)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"the state {key!r} of {self.name} must be a whole number, got {value!r}") from error
 
 
 def entries(
@@ -39,17 +57,7 @@ def entries(
     names: Names | None,
     weights: Mapping[str, Tensor] | None,
 ) -> Iterator[Entry]:
-    """The parameters of an optimizer or a state dict, in order.
-
-    Args:
-        source: A SOAP optimizer, or what its ``state_dict()`` returned.
-        names: See :func:`emerging_optimizers.health.examine`.
-        weights: By name; used where the source is a state dict.
-
-    Raises:
-        TypeError: ``source`` is neither, or ``names`` has something else than names.
-        ValueError: It is another optimizer's, is incomplete, or ``names`` has another length.
-    """
+    """The parameters of an optimizer or a state dict, in order; arguments and errors as of ``examine``."""
     if isinstance(source, Optimizer):
         groups: list[Mapping[str, Any]] = list(source.param_groups)
         states: Mapping[Any, Any] = source.state
@@ -61,18 +69,14 @@ def entries(
         missing = [option for option in SOAP_OPTIONS if option not in group]
         if missing:
             raise ValueError(f"source must be SOAP's: parameter group {index} has no option {missing[0]!r}")
-    keys = [key for group in groups for key in group["params"]]
-    found = _names(keys, groups, names)
-    options = [group for group in groups for _ in group["params"]]
-    for name, key, group in zip(found, keys, options, strict=True):
+    options = [(key, group) for group in groups for key in group["params"]]
+    for name, (key, group) in zip(_names([key for key, _ in options], groups, names), options, strict=True):
         state = states.get(key)  # never by [], which would make an entry
-        if isinstance(key, Tensor):
-            weight: Tensor | None = local_tensor(key).detach()
-        else:
-            weight = (weights or {}).get(name)
+        mine: Any = key.to_local() if hasattr(key, "to_local") else key
+        weight = mine if isinstance(mine, Tensor) else (weights or {}).get(name)
         if not isinstance(state, Mapping | None):
             raise ValueError(f"the state of {name} must be a dict, got {type(state).__name__}")
-        yield Entry(name, group, state or {}, weight if isinstance(weight, Tensor) else None)
+        yield Entry(name, group, state or {}, weight.detach() if isinstance(weight, Tensor) else None)
 
 
 def _parts_of(source: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], Mapping[Any, Any]]:
@@ -112,20 +116,14 @@ def _names(keys: list[Any], groups: list[Mapping[str, Any]], names: Names | None
     return [by_identity.get(id(key), name) for key, name in zip(keys, found, strict=True)]
 
 
-def whole(value: Tensor) -> Tensor:
-    """A plain tensor as it is; a DTensor of a distributed state dict put together, which is a collective.
-
-    Raises:
-        ValueError: It cannot be put together: its processes are gone.
-    """
-    if not is_dtensor(value):
+def _whole(value: Any) -> Any:
+    """A tensor itself; of a DTensor, which is told by its methods, what its processes hold together."""
+    if not hasattr(value, "full_tensor"):
         return value
-    given: Any = value.detach()
     try:
-        full: Tensor = given.to(given.device_mesh.device_type).full_tensor()
-    except (RuntimeError, ValueError) as error:
+        return value.to(value.device_mesh.device_type).full_tensor()
+    except (RuntimeError, ValueError) as error:  # its processes are gone
         raise ValueError(
             "source has DTensors, which only their processes can put together: let each of them call this on "
             "optimizer.state_dict(), or save the full state"
         ) from error
-    return full

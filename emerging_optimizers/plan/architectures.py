@@ -6,7 +6,7 @@ needed. The two vision models are torchvision's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,11 +32,7 @@ PRESET_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def decoder(config: Mapping[str, Any], name: str) -> Model:
-    """The model that a Hugging Face configuration describes.
-
-    Args:
-        config: What is in ``config.json``.
-        name: What to call the model.
+    """The model that a Hugging Face ``config.json`` describes.
 
     Raises:
         ValueError: Its ``model_type`` is not known here, or a number is missing or impossible.
@@ -71,22 +67,24 @@ def _number(config: Mapping[str, Any], key: str, default: int | None = None) -> 
 def _gpt2(config: Mapping[str, Any]) -> tuple[Shapes, list[str], str | None]:
     width, vocabulary = _number(config, "n_embd"), _number(config, "vocab_size")
     inner = _number(config, "n_inner", 4 * width)
-    shapes: Shapes = {
+    embeddings = {
         "transformer.wte.weight": (vocabulary, width),
         "transformer.wpe.weight": (_number(config, "n_positions"), width),
     }
+    # GPT-2's layers keep their weights as (in, out).
+    block = {
+        "ln_1.": (width,),
+        "attn.c_attn.": (width, 3 * width),
+        "attn.c_proj.": (width, width),
+        "ln_2.": (width,),
+        "mlp.c_fc.": (width, inner),
+        "mlp.c_proj.": (inner, width),
+    }
+    shapes: Shapes = {**embeddings}
     for layer in range(_number(config, "n_layer")):
-        block = f"transformer.h.{layer}"
-        shapes.update(_norm(f"{block}.ln_1", width))
-        # GPT-2's layers keep their weights as (in, out).
-        for part, size in {"attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width)}.items():
-            shapes |= {f"{block}.{part}.weight": size, f"{block}.{part}.bias": size[1:]}
-        shapes.update(_norm(f"{block}.ln_2", width))
-        for part, size in {"mlp.c_fc": (width, inner), "mlp.c_proj": (inner, width)}.items():
-            shapes |= {f"{block}.{part}.weight": size, f"{block}.{part}.bias": size[1:]}
-    shapes.update(_norm("transformer.ln_f", width))
-    head = _head(config, shapes, vocabulary, width, tied=True)
-    return shapes, ["transformer.wte.weight", "transformer.wpe.weight"], head
+        shapes |= _with_biases(f"transformer.h.{layer}.", block, transposed=True)
+    shapes |= _with_biases("transformer.ln_f.", {"": (width,)})
+    return shapes, list(embeddings), _head(config, shapes, vocabulary, width, tied=True)
 
 
 def _llama(config: Mapping[str, Any]) -> tuple[Shapes, list[str], str | None]:
@@ -96,22 +94,22 @@ def _llama(config: Mapping[str, Any]) -> tuple[Shapes, list[str], str | None]:
     heads, inner = _number(config, "num_attention_heads"), _number(config, "intermediate_size")
     size = _number(config, "head_dim", width // heads)
     key_value = size * _number(config, "num_key_value_heads", 8 if config["model_type"] == "mistral" else heads)
-    biased = qwen or bool(config.get("attention_bias"))
     attention = {"q": (heads * size, width), "k": (key_value, width), "v": (key_value, width),
                  "o": (width, heads * size)}  # fmt: skip
+    mlp = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
+    block: Shapes = {}
+    for part, shape in attention.items():
+        block[f"self_attn.{part}_proj.weight"] = shape
+        if (qwen and part != "o") or (not qwen and config.get("attention_bias")):
+            block[f"self_attn.{part}_proj.bias"] = shape[:1]
+    for part, shape in mlp.items():
+        block[f"mlp.{part}_proj.weight"] = shape
+        if config.get("mlp_bias"):
+            block[f"mlp.{part}_proj.bias"] = shape[:1]
+    block |= {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
     shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, width)}
     for layer in range(_number(config, "num_hidden_layers")):
-        block = f"model.layers.{layer}"
-        for part, shape in attention.items():
-            shapes[f"{block}.self_attn.{part}_proj.weight"] = shape
-            if biased and not (qwen and part == "o"):
-                shapes[f"{block}.self_attn.{part}_proj.bias"] = shape[:1]
-        for part, shape in {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}.items():
-            shapes[f"{block}.mlp.{part}_proj.weight"] = shape
-            if config.get("mlp_bias"):
-                shapes[f"{block}.mlp.{part}_proj.bias"] = shape[:1]
-        shapes[f"{block}.input_layernorm.weight"] = (width,)
-        shapes[f"{block}.post_attention_layernorm.weight"] = (width,)
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
     shapes["model.norm.weight"] = (width,)
     return shapes, ["model.embed_tokens.weight"], _head(config, shapes, vocabulary, width, tied=False)
 
@@ -132,52 +130,48 @@ _DECODERS: dict[str, Callable[[Mapping[str, Any]], tuple[Shapes, list[str], str 
 }
 
 
-def _norm(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (width,)
-    yield f"{name}.bias", (width,)
+def _with_biases(prefix: str, weights: Shapes, transposed: bool = False) -> Shapes:
+    """A weight and a bias for each of these layers; weights are (out, in) or, transposed, (in, out)."""
+    shapes = {}
+    for name, shape in weights.items():
+        shapes[f"{prefix}{name}weight"] = shape
+        shapes[f"{prefix}{name}bias"] = shape[-1:] if transposed else shape[:1]
+    return shapes
 
 
 def resnet50() -> Model:
     """ResNet-50 as torchvision has it. Routing takes its classifier, the only linear layer, for no head."""
-    shapes: Shapes = {"conv1.weight": (64, 3, 7, 7), **dict(_norm("bn1", 64))}
+    shapes: Shapes = {"conv1.weight": (64, 3, 7, 7), **_with_biases("bn1.", {"": (64,)})}
     channels = 64
     for stage, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3)), start=1):
         for block in range(blocks):
             name = f"layer{stage}.{block}"
             kernels = [(width, channels, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
             for i, kernel in enumerate(kernels, start=1):
-                shapes |= {f"{name}.conv{i}.weight": kernel, **dict(_norm(f"{name}.bn{i}", kernel[0]))}
+                shapes |= {f"{name}.conv{i}.weight": kernel, **_with_biases(f"{name}.bn{i}.", {"": kernel[:1]})}
             if block == 0:
                 shapes[f"{name}.downsample.0.weight"] = (4 * width, channels, 1, 1)
-                shapes.update(_norm(f"{name}.downsample.1", 4 * width))
+                shapes |= _with_biases(f"{name}.downsample.1.", {"": (4 * width,)})
             channels = 4 * width
-    shapes |= {"fc.weight": (1000, channels), "fc.bias": (1000,)}
-    return _float32("resnet50", shapes, [])
+    return _float32("resnet50", shapes | _with_biases("fc.", {"": (1000, channels)}), [])
 
 
 def vit_b() -> Model:
     """ViT-B/16 as torchvision has it. Its position embedding is a plain parameter, which routing preconditions."""
     width, inner = 768, 3072
-    shapes: Shapes = {
-        "class_token": (1, 1, width),
-        "conv_proj.weight": (width, 3, 16, 16),
-        "conv_proj.bias": (width,),
-        "encoder.pos_embedding": (1, 197, width),
+    block = {
+        "ln_1.": (width,),
+        "self_attention.in_proj_": (3 * width, width),
+        "self_attention.out_proj.": (width, width),
+        "ln_2.": (width,),
+        "mlp.0.": (inner, width),
+        "mlp.3.": (width, inner),
     }
+    shapes: Shapes = {"class_token": (1, 1, width), **_with_biases("conv_proj.", {"": (width, 3, 16, 16)})}
+    shapes["encoder.pos_embedding"] = (1, 197, width)
     for layer in range(12):
-        block = f"encoder.layers.encoder_layer_{layer}"
-        shapes.update(_norm(f"{block}.ln_1", width))
-        shapes |= {
-            f"{block}.self_attention.in_proj_weight": (3 * width, width),
-            f"{block}.self_attention.in_proj_bias": (3 * width,),
-            f"{block}.self_attention.out_proj.weight": (width, width),
-            f"{block}.self_attention.out_proj.bias": (width,),
-        }
-        shapes.update(_norm(f"{block}.ln_2", width))
-        shapes |= {f"{block}.mlp.0.weight": (inner, width), f"{block}.mlp.0.bias": (inner,)}
-        shapes |= {f"{block}.mlp.3.weight": (width, inner), f"{block}.mlp.3.bias": (width,)}
-    shapes.update(_norm("encoder.ln", width))
-    shapes |= {"heads.head.weight": (1000, width), "heads.head.bias": (1000,)}
+        shapes |= _with_biases(f"encoder.layers.encoder_layer_{layer}.", block)
+    shapes |= _with_biases("encoder.ln.", {"": (width,)}) | _with_biases("heads.head.", {"": (1000, width)})
     return _float32("vit-b", shapes, ["heads.head.weight", "heads.head.bias"])
 
 

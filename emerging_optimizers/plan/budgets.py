@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -58,13 +59,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Change:
-    """One option that is set otherwise.
-
-    Attributes:
-        option: Its name.
-        value: Its new value.
-        risk: What it may do to the loss.
-    """
+    """One option that is set otherwise, its new value, and what that may do to the loss."""
 
     option: str
     value: Any
@@ -73,12 +68,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Options, and the plan under them.
-
-    Attributes:
-        changes: What differs from the options that were asked for; empty: nothing has to.
-        plan: The plan.
-    """
+    """What differs from the options that were asked for, if anything has to, and the plan under them."""
 
     changes: tuple[Change, ...]
     plan: Plan
@@ -89,7 +79,6 @@ class Fit:
     """The answer to a budget.
 
     Attributes:
-        budget: The budget.
         met: Whether ``proposal`` meets it.
         proposal: The options of least risk that meet it; if none do, those that miss it least.
         with_ranks: The plan with the fewest ranks, doubling, under the options as they were asked for: no risk to the
@@ -113,14 +102,8 @@ def fit_budget(
     """Looks for options that meet a budget.
 
     The order is that of ``RISKS``: packing before bfloat16, both before a longer refresh period, and preconditioning
-    fewer axes last. The riskiest change decides: everything that does without it is tried before.
-
-    Args:
-        model: As for :func:`~emerging_optimizers.plan.plan`.
-        budget: The budget.
-        ranks: The number of processes.
-        parameter_dtype: As for ``plan``.
-        arguments: Everything else that ``plan`` takes; the options to start from.
+    fewer axes last. The riskiest change decides: everything that does without it is tried before. Arguments besides the
+    budget are those of :func:`~emerging_optimizers.plan.plan`, with the options to start from.
 
     Raises:
         TypeError, ValueError: As ``plan``; also for a budget that is not positive, and for ``overhead`` without
@@ -135,21 +118,23 @@ def fit_budget(
         raise ValueError("a budget of overhead needs tokens_per_step, got None")
     described = model_of(model, parameter_dtype=parameter_dtype)
     asked = plan(described, ranks=ranks, **arguments)
-    best: Proposal | None = None
+    best, least = Proposal((), asked), budget.excess(asked)
+    if least <= 1:
+        return Fit(budget, True, best, None)
+    more_ranks = _more_ranks(described, budget, asked, arguments)
     for changes in _changes(asked):
         new = {change.option: change.value for change in changes}
-        proposal = Proposal(changes, plan(described, ranks=ranks, **{**arguments, **new}) if new else asked)
-        if budget.excess(proposal.plan) <= 1:
-            return Fit(budget, True, proposal, _more_ranks(described, budget, asked, arguments) if changes else None)
-        if best is None or budget.excess(proposal.plan) < budget.excess(best.plan):
-            best = proposal
-    if best is None:
-        raise AssertionError("the options as they were asked for are always tried")
-    return Fit(budget, False, best, _more_ranks(described, budget, asked, arguments))
+        proposal = Proposal(changes, plan(described, ranks=ranks, **{**arguments, **new}))
+        excess = budget.excess(proposal.plan)
+        if excess <= 1:
+            return Fit(budget, True, proposal, more_ranks)
+        if excess < least:
+            best, least = proposal, excess
+    return Fit(budget, False, best, more_ranks)
 
 
 def _changes(asked: Plan) -> Iterator[tuple[Change, ...]]:
-    """Combinations of changes, the least risk first, beginning with none."""
+    """Combinations of changes, the least risk first."""
     options = asked.options
     sizes = {row.layout.shape[axis] for row in asked.rows for axis in row.layout.axes}
     ladders: dict[str, list[Any]] = {
@@ -163,17 +148,10 @@ def _changes(asked: Plan) -> Iterator[tuple[Change, ...]]:
         "pack_factors": [] if options["pack_factors"] else [True],
     }
 
-    def combine(names: list[str]) -> Iterator[tuple[Change, ...]]:
-        if not names:
-            yield ()
-            return
-        first, *rest = names
-        yield from combine(rest)
-        for value in ladders[first]:
-            for others in combine(rest):
-                yield (*others, Change(first, value, RISKS[first]))
-
-    return combine(list(ladders))
+    for values in product(*([None, *ladder] for ladder in ladders.values())):
+        changed = [(option, value) for option, value in zip(ladders, values, strict=True) if value is not None]
+        if changed:
+            yield tuple(Change(option, value, RISKS[option]) for option, value in reversed(changed))
 
 
 def _more_ranks(model: Model, budget: Budget, asked: Plan, arguments: dict[str, Any]) -> Plan | None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from emerging_optimizers.plan.costs import Work, refresh_work, step_work
 from emerging_optimizers.plan.planning import Plan, Row
 from emerging_optimizers.soap import SOAP
-from emerging_optimizers.soap.linalg import orthonormal_columns
 from emerging_optimizers.soap.precision import fp32_matmul_precision
+from emerging_optimizers.soap.state import Layout
 
 SIZES = (32, 64, 128, 256, 512, 1024)
 #: A stack of this many elements is measured, or one matrix: SOAP batches matrices of one shape.
@@ -49,13 +50,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of SOAP's steps on one rank.
-
-    Attributes:
-        step: Without a refresh.
-        refresh: On top where all eigenbases are refreshed.
-        mean: Per step, refreshes included.
-    """
+    """Seconds of SOAP on one rank: a step without a refresh, a refresh of all eigenbases on top, and the mean step."""
 
     step: float
     refresh: float
@@ -63,11 +58,7 @@ class Prediction:
 
 
 def calibrate(seconds: float = 10.0, device: str | torch.device = "cpu") -> Rates:
-    """Measures rates on this machine.
-
-    Args:
-        seconds: How long to measure; on a slow machine the largest products may take longer.
-        device: Where.
+    """Measures rates on this machine, for about so many seconds.
 
     Raises:
         ValueError: ``seconds`` is not positive.
@@ -82,62 +73,45 @@ def calibrate(seconds: float = 10.0, device: str | torch.device = "cpu") -> Rate
         count = max(1, STACK_ELEMENTS // size**2)
         stack = torch.randn(count, size, size, generator=generator).to(where)
         out = torch.empty_like(stack)
-        with fp32_matmul_precision("high"):
+        with fp32_matmul_precision("high", stack):
             taken = _time(lambda a=stack, b=out: torch.matmul(a, a, out=b), slot, where)  # type: ignore[misc]
         matmul[size] = 2 * size**3 * count / taken
-        taken = _time(lambda a=stack: orthonormal_columns(a, a), slot, where)  # type: ignore[misc]
+        taken = _time(lambda a=stack: torch.linalg.householder_product(*torch.geqrf(a)), slot, where)  # type: ignore[misc]
         qr[size] = 4 * size**3 * count / taken
     few = _soap_step([(1,)], slot, where)
     vector = _soap_step([(2**20,)], slot, where)
-    bare = Rates(str(where), torch.get_num_threads(), matmul, qr, max(0.0, vector - few) / 2**20, 0.0, 0.0, few)
-    shapes: list[tuple[int, ...]] = [(SMALL, SMALL)] * (STACK_ELEMENTS // SMALL**2)
-    elements = STACK_ELEMENTS // SMALL**2 * SMALL**2
-    plain = _soap_step(shapes, 2 * slot, where, precondition_frequency=10**9)
-    refreshing = _soap_step(shapes, 2 * slot, where, precondition_frequency=1)
-    products = elements * 12 * SMALL / matmul[SMALL]
-    refresh = 2 * elements * (6 * SMALL / matmul[SMALL] + 4 * SMALL / qr[SMALL])
-    return Rates(
-        bare.device,
-        bare.threads,
-        matmul,
-        qr,
-        bare.adam_seconds,
-        max(0.0, plain - few - products) / (3 * elements),
-        max(0.0, refreshing - plain - refresh) / (3 * elements),
-        few,
+    rates = Rates(str(where), torch.get_num_threads(), matmul, qr, max(0.0, vector - few) / 2**20, 0.0, 0.0, few)
+    square, count = Layout((SMALL, SMALL), (0, 1)), STACK_ELEMENTS // SMALL**2
+    plain, refreshing = (
+        _soap_step([square.shape] * count, 2 * slot, where, precondition_frequency=every) for every in (10**9, 1)
+    )
+    products = count * _seconds(step_work(square), rates)
+    refresh = count * sum(_seconds(refresh_work(square, axis), rates) for axis in square.axes)
+    touched = 3 * count * SMALL**2
+    return replace(
+        rates,
+        element_seconds=max(0.0, plain - few - products) / touched,
+        refresh_element_seconds=max(0.0, refreshing - plain - refresh) / touched,
     )
 
 
 def predict(planned: Plan, rates: Rates) -> Prediction:
-    """Predicts the time of SOAP's step, for a plan on one rank.
-
-    Args:
-        planned: The plan. Its dtype should be float32 and its options those of the default precision.
-        rates: From :func:`calibrate`, on the machine in question.
+    """Predicts the time of SOAP's step by the rates of this machine, for float32 at the default precision.
 
     Raises:
         ValueError: The plan has several ranks, whose transfers were not measured.
     """
     if planned.ranks != 1:
         raise ValueError(f"a prediction needs a plan for 1 rank, got {planned.ranks}")
-    step = rates.step_seconds + sum(_step_seconds(row, rates) for row in planned.rows if row.optimizer != "frozen")
-    refresh = sum(_refresh_seconds(row, rates) for row in planned.rows if row.layout.axes)
+    step, refresh = rates.step_seconds, 0.0
+    for row in planned.rows:
+        if row.layout.axes:
+            step += _seconds(step_work(row.layout), rates) + _touched(row) * rates.element_seconds
+            refresh += sum(_seconds(refresh_work(row.layout, axis), rates) for axis in row.layout.axes)
+            refresh += _touched(row) * rates.refresh_element_seconds
+        elif row.optimizer != "frozen":
+            step += row.numel * rates.adam_seconds
     return Prediction(step, refresh, step + refresh / planned.frequency)
-
-
-def _step_seconds(row: Row, rates: Rates) -> float:
-    if not row.layout.axes:
-        return row.numel * rates.adam_seconds
-    products = sum(6 * row.numel * size / _rate(rates.product_rates, min(size, rest)) for size, rest in _sides(row))
-    return products + _touched(row) * rates.element_seconds
-
-
-def _refresh_seconds(row: Row, rates: Rates) -> float:
-    total = _touched(row) * rates.refresh_element_seconds
-    for size, rest in _sides(row):
-        total += 2 * size**3 / _rate(rates.product_rates, size) + 4 * size**3 / _rate(rates.qr_rates, size)
-        total += 4 * row.numel * size / _rate(rates.product_rates, min(size, rest))
-    return total
 
 
 def _touched(row: Row) -> int:
@@ -145,9 +119,11 @@ def _touched(row: Row) -> int:
     return row.numel + sum(row.layout.shape[axis] ** 2 for axis in row.layout.axes)
 
 
-def _sides(row: Row) -> list[tuple[int, int]]:
-    """The sides of the matricisation along each preconditioned axis."""
-    return [(row.layout.shape[axis], row.numel // row.layout.shape[axis]) for axis in row.layout.axes]
+def _seconds(work: Iterable[Work], rates: Rates) -> float:
+    return sum(
+        part.flops / _rate(rates.qr_rates if part.kind == "decompositions" else rates.product_rates, part.size)
+        for part in work
+    )
 
 
 def _rate(rates: Mapping[int, float], size: int) -> float:

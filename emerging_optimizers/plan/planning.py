@@ -6,21 +6,17 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
-from emerging_optimizers.plan.costs import Cost, adamw_cost, layout_under, muon_cost, soap_cost
+from emerging_optimizers.plan.costs import COUNTER_BYTES, Cost, adamw_cost, held, layout_and_bytes, muon_cost, soap_cost
 from emerging_optimizers.plan.shapes import Model, model_of
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.costs import mean_flops, share_out
 from emerging_optimizers.soap.options import refresh_frequency, validate_options
 from emerging_optimizers.soap.state import Layout
-
-#: What a process keeps of a matrix that another one owns: its counter ``step``.
-ELSEWHERE_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -28,10 +24,6 @@ class Row:
     """One parameter.
 
     Attributes:
-        name: Its name.
-        shape: Its shape.
-        numel: Its number of elements.
-        dtype: Its dtype.
         optimizer: "soap", "adamw" or "frozen".
         reason: Why, and which axes are preconditioned.
         layout: The working shape and the preconditioned axes.
@@ -59,14 +51,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Share:
-    """What falls to one rank.
+    """What falls to one rank: bytes of optimizer state and of weights with gradients, and the optimizer's FLOPs.
 
-    Attributes:
-        state_bytes: Bytes of optimizer state.
-        weight_bytes: Bytes of weights and gradients.
-        step_flops: The optimizer's FLOPs of a step without a refresh.
-        refresh_flops: FLOPs on top where all eigenbases are refreshed.
-        mean_flops: FLOPs per step, refreshes included.
+    They are those of a step without a refresh, of a refresh of all eigenbases on top, and of the mean step.
     """
 
     state_bytes: int
@@ -130,8 +117,7 @@ class Plan:
     def overhead(self, optimizer: str = "soap") -> float | None:
         """The optimizer's FLOPs per step over those of forward and backward, on the rank with the most; or None.
 
-        Args:
-            optimizer: "soap"; "adamw" or "muon", which without ``sharded`` every rank runs whole.
+        "adamw" and "muon" are run whole by every rank without ``sharded``.
         """
         if self.training_flops is None:
             return None
@@ -163,9 +149,6 @@ def plan(
         parameter_dtype: The dtype of all parameters; None: their own.
         routed: Whether groups are made by ``emerging_optimizers.routing``; otherwise as ``SOAP(model.parameters())``.
         options: SOAP's options, as its constructor takes them; ``lr`` may be left out.
-
-    Returns:
-        The plan.
 
     Raises:
         TypeError: An argument or an option has the wrong type, or is unknown.
@@ -213,14 +196,13 @@ def _row(route: Any, dtype: torch.dtype, options: Mapping[str, Any], routed: boo
     if optimizer == "frozen":
         return Row(route.name, shape, route.numel, dtype, optimizer, reason, Layout(shape, ()), Cost(), Cost(), Cost())
     to_adamw = routed and optimizer == "adamw"
-    group = {**options, "max_precond_dim": 0} if to_adamw else options
-    layout = layout_under(shape, group)
+    layout, state = layout_and_bytes(shape, dtype, {**options, "max_precond_dim": 0} if to_adamw else options)
     adamw = adamw_cost(shape, dtype)
     muon = muon_cost(shape, dtype) if route.optimizer == "soap" and len(shape) == 2 else adamw
     if not to_adamw:
         optimizer, reason = _treatment(route, layout, options["max_precond_dim"])
-    return Row(route.name, shape, route.numel, dtype, optimizer, reason, layout, soap_cost(shape, dtype, group),
-               adamw, muon)  # fmt: skip
+    cost = soap_cost(layout, state)
+    return Row(route.name, shape, route.numel, dtype, optimizer, reason, layout, cost, adamw, muon)
 
 
 def _treatment(route: Any, layout: Layout, longest: int) -> tuple[str, str]:
@@ -241,31 +223,25 @@ def _axes(axes: Sequence[int]) -> str:
 
 
 def _shares(rows: Sequence[Row], frequency: int, ranks: int, sharded: bool) -> tuple[Share, ...]:
-    """Divides the work as ``soap.ownership`` does: matrices to owners by cost, everything else by rows or whole."""
+    """Divides the work as ``docs/distributed.md`` says: matrices to owners by cost, the rest by rows or whole."""
     owned = [row for row in rows if row.layout.axes]
     owners = share_out([mean_flops(row.layout, frequency) for row in owned], [0.0] * ranks)
-    state = [sum(ELSEWHERE_BYTES for _ in owned) if ranks > 1 else 0] * ranks
+    elsewhere = COUNTER_BYTES if ranks > 1 else 0
+    state = [len(owned) * elsewhere] * ranks
     weights, steps, refreshes = [0] * ranks, [0.0] * ranks, [0.0] * ranks
     for row, owner in zip(owned, owners, strict=True):
-        state[owner] += row.soap.state_bytes - (ELSEWHERE_BYTES if ranks > 1 else 0)
+        state[owner] += row.soap.state_bytes - elsewhere
         steps[owner] += row.soap.step_flops
         refreshes[owner] += row.soap.refresh_flops
     for row in rows:
-        for rank, held in enumerate(_held(row.shape, ranks, sharded)):
-            weights[rank] += row.weight_bytes * held // max(row.numel, 1)
+        numel = max(row.numel, 1)
+        for rank, here in enumerate(held(row.shape, ranks) if sharded else [row.numel] * ranks):
+            weights[rank] += row.weight_bytes * here // numel
             if not row.layout.axes and row.optimizer != "frozen":
-                # Moments shrink with the piece, counters do not.
-                moments = row.soap.state_bytes - 2 * ELSEWHERE_BYTES
-                state[rank] += 2 * ELSEWHERE_BYTES + moments * held // max(row.numel, 1)
-                steps[rank] += row.soap.step_flops * held / max(row.numel, 1)
+                # Moments shrink with the piece, the two counters do not.
+                moments = row.soap.state_bytes - 2 * COUNTER_BYTES
+                state[rank] += 2 * COUNTER_BYTES + moments * here // numel
+                steps[rank] += row.soap.step_flops * here / numel
     return tuple(
         Share(state[r], weights[r], steps[r], refreshes[r], steps[r] + refreshes[r] / frequency) for r in range(ranks)
     )
-
-
-def _held(shape: tuple[int, ...], ranks: int, sharded: bool) -> list[int]:
-    """How many elements of a tensor each rank holds: all, or its chunk of the first axis, as ``torch.chunk`` cuts."""
-    if not sharded or not shape:
-        return [prod(shape)] * ranks
-    rows, chunk = shape[0], -(-shape[0] // ranks)
-    return [max(0, min(chunk, rows - rank * chunk)) * prod(shape[1:]) for rank in range(ranks)]

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from emerging_optimizers.plan.architectures import PRESET_CONFIGS, decoder, resnet50, vit_b
 from emerging_optimizers.plan.shapes import Model, model_of
-from emerging_optimizers.plan.user_modules import search_hint, spelling_hint
 
 PRESETS = (*PRESET_CONFIGS, "resnet50", "vit-b")
 SOURCES = "a preset, package.module:function, or a config.json, .safetensors, .safetensors.index.json, .pt or .bin file"
@@ -25,6 +24,7 @@ FILES = (".json", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 #: What is saved with the weights and not trained: batch norm's statistics, causal masks, rotary frequencies.
 BUFFER = re.compile(r"(running_mean|running_var|num_batches_tracked|\.attn\.bias|masked_bias|inv_freq)$")
+Entries = dict[str, tuple[tuple[int, ...], torch.dtype]]
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -95,13 +95,30 @@ def _from_function(source: str) -> Model:
     return model_of(model, name=source)
 
 
+def spelling_hint(module: str, name: str) -> str | None:
+    """Say what to write where a file is named instead of a module; None where it is none."""
+    if not module.endswith(".py") and "/" not in module:
+        return None
+    path = Path(module.removesuffix(".py"))
+    if path.is_absolute() or ".." in path.parts:
+        return f"start in {path.parent} and write {path.name}:{name}"
+    return f"write {'.'.join(path.parts)}:{name}"
+
+
+def search_hint(module: str, error: Exception) -> str:
+    """Say where was looked, if the module itself was not found; nothing if one that it imports was not."""
+    if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+        return f" (looked in {Path.cwd()} and on Python's path; start in its folder)"
+    return ""
+
+
 def _needs_arguments(function: Any) -> bool:
     try:
         inspect.signature(function).bind()
     except TypeError:
         return callable(function)
     except ValueError:  # a built-in one without a signature
-        return False
+        pass
     return False
 
 
@@ -112,26 +129,26 @@ def _reason(error: Exception) -> str:
 def _from_file(path: Path) -> Model:
     if path.suffix == ".safetensors":
         return _from_entries(path, _header(path))
-    if path.suffix == ".json":
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not a JSON file; give {SOURCES}") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"{path}: holds no JSON object; give {SOURCES}")
-        if isinstance(found.get("weight_map"), dict):
-            entries: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-            for shard in dict.fromkeys(map(str, found["weight_map"].values())):
-                entries |= _header(path.parent / Path(shard).name)  # beside the index, whatever it says
-            return _from_entries(path, entries)
-        try:
-            return decoder(found, path.parent.name if path.name == "config.json" else path.name)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    return _from_entries(path, _checkpoint(path))
+    if path.suffix != ".json":
+        return _from_entries(path, _checkpoint(path))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file; give {SOURCES}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds no JSON object; give {SOURCES}")
+    if isinstance(found.get("weight_map"), dict):
+        entries: Entries = {}
+        for shard in dict.fromkeys(map(str, found["weight_map"].values())):
+            entries |= _header(path.parent / Path(shard).name)  # beside the index, whatever it says
+        return _from_entries(path, entries)
+    try:
+        return decoder(found, path.parent.name if path.name == "config.json" else path.name)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _header(path: Path) -> Entries:
     """Names, shapes and dtypes of floating-point tensors in a safetensors file: a length, then JSON, then the data."""
     try:
         with path.open("rb") as file:
@@ -151,7 +168,7 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         raise ValueError(f"{path}: not a safetensors file, or a damaged one") from error
 
 
-def _checkpoint(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _checkpoint(path: Path) -> Entries:
     try:
         # Mapped, and put on the meta device: no weight is read.
         loaded: Any = torch.load(path, map_location="meta", mmap=True, weights_only=True)
@@ -165,7 +182,7 @@ def _checkpoint(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items() if t.is_floating_point()}
 
 
-def _from_entries(path: Path, entries: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Model:
+def _from_entries(path: Path, entries: Entries) -> Model:
     def is_buffer(name: str) -> bool:
         causal_mask = not name.endswith(".attn.bias") or len(entries[name][0]) > 1
         return BUFFER.search(name) is not None and causal_mask

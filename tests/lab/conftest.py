@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emerging_optimizers.lab.race import Record
+from emerging_optimizers.lab.race.race import Record
 
 TINY = '''
 import torch

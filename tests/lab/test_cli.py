@@ -16,8 +16,8 @@ import pytest
 
 from emerging_optimizers import __version__
 from emerging_optimizers.lab.cli import main
-from emerging_optimizers.lab.race import Race, Run
-from emerging_optimizers.lab.signals import StopRequest
+from emerging_optimizers.lab.common import StopRequest
+from emerging_optimizers.lab.race.race import Race, Run
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import shellingham
 
-from emerging_optimizers.lab import arguments, optimizers, tasks
+from emerging_optimizers.lab import names, tasks
 from emerging_optimizers.lab.cli import main
+from emerging_optimizers.lab.race import optimizers
 from emerging_optimizers.plan.sources import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -32,9 +33,9 @@ def completed(shell: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_the_names_are_those_that_the_commands_know() -> None:
-    assert arguments.PRESETS == PRESETS
-    assert tuple(tasks.BUILT_IN) == arguments.TASKS
-    assert arguments.OPTIMIZERS == optimizers.OPTIMIZERS
+    assert names.PRESETS == PRESETS
+    assert tuple(tasks.BUILT_IN) == names.TASKS
+    assert names.OPTIMIZERS == optimizers.OPTIMIZERS
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from emerging_optimizers.lab.cli import main
-from emerging_optimizers.lab.options import Options
-from emerging_optimizers.lab.race import Race
+from emerging_optimizers.lab.race.race import Options, Race
 from emerging_optimizers.soap import SOAP
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m"

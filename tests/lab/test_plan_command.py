@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from emerging_optimizers import plan as planner
-from emerging_optimizers.lab import planning
+from emerging_optimizers.lab import plan as planning
 from emerging_optimizers.lab.cli import main
-from emerging_optimizers.lab.plan_report import flops, size
+from emerging_optimizers.lab.plan import flops, size
 
 
 def test_a_plan_is_a_table_of_layers_and_one_of_optimizers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from emerging_optimizers.lab import checkpoint
-from emerging_optimizers.lab.errors import LabError
-from emerging_optimizers.lab.optimizers import DEFAULT_OPTIMIZERS, OPTIMIZERS, make_contender, tuned_rate
-from emerging_optimizers.lab.options import Options
-from emerging_optimizers.lab.race import Race, learning_rate_factor
+from emerging_optimizers.lab.common import LabError
+from emerging_optimizers.lab.race import checkpoint
+from emerging_optimizers.lab.race.optimizers import DEFAULT_OPTIMIZERS, OPTIMIZERS, make_contender, tuned_rate
+from emerging_optimizers.lab.race.race import Options, Race, learning_rate_factor
 from emerging_optimizers.lab.tasks import BUILT_IN, make_task
 
 from .conftest import same_weights

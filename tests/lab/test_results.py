@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from emerging_optimizers.lab.race import Record
-from emerging_optimizers.lab.report import render
-from emerging_optimizers.lab.results import cells, comparable, seconds_at_evaluations, summarise
-from emerging_optimizers.lab.verdict import verdict
+from emerging_optimizers.lab.race.race import Record
+from emerging_optimizers.lab.race.report import render
+from emerging_optimizers.lab.race.verdict import cells, comparable, seconds_at_evaluations, summarise, verdict
 
 Make = Callable[..., Record]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from emerging_optimizers.lab.errors import LabError
+from emerging_optimizers.lab.common import LabError
 from emerging_optimizers.lab.tasks import BUILT_IN, make_task, settings_of, task_class
 from emerging_optimizers.lab.tasks.charlm import BATCH, CONTEXT, CharLM
 from emerging_optimizers.lab.tasks.pinn import burgers_reference

@@ -25,9 +25,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from emerging_optimizers.lab import checkpoint, report
-from emerging_optimizers.lab.options import Options
-from emerging_optimizers.lab.race import Race
+from emerging_optimizers.lab.race import checkpoint, report
+from emerging_optimizers.lab.race.race import Options, Race
 
 PATIENCE = 60.0  # seconds for one child to come to the place where it is killed
 STAGES = ("outside", "in memory", "writing", "at fsync", "at rename", "at the folder's fsync")

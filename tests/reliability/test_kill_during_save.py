@@ -21,9 +21,10 @@ from typing import Any
 import pytest
 import torch
 
-from emerging_optimizers.lab import checkpoint, cli
-from emerging_optimizers.lab.errors import LabError
-from emerging_optimizers.lab.race import FORMAT, Race
+from emerging_optimizers.lab import cli
+from emerging_optimizers.lab.common import LabError
+from emerging_optimizers.lab.race import checkpoint, command
+from emerging_optimizers.lab.race.race import FORMAT, Race
 from tests.lab.conftest import TINY
 from tests.reliability.kill_worker import digest, losses, options, stamped, version_of
 
@@ -117,7 +118,10 @@ def test_the_command_resumes_after_a_kill_and_leaves_nothing_of_it(
 @pytest.mark.slow
 def test_a_killed_command_goes_on_bit_for_bit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["race", "--task", "tiny_tasks:Slow", "--optimizers", "soap,adamw", "--seeds", "0,1", "--threads", "1"]
-    start = "import sys; from emerging_optimizers.lab import cli; cli.SECONDS_BETWEEN_SAVES = 0; sys.exit(cli.main())"
+    start = (
+        "import sys; from emerging_optimizers.lab import cli; from emerging_optimizers.lab.race import command;"
+        "command.SECONDS_BETWEEN_SAVES = 0; sys.exit(cli.main())"
+    )
     command = [sys.executable, "-c", start, *words, "--out", "cut"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         assert process.stdout is not None
@@ -201,7 +205,7 @@ def test_a_disk_that_fills_up_during_a_race_is_one_line_and_the_race_resumes_lat
     (folder / "race").mkdir()
     checkpoint.save(folder / "race", play(Race(options(steps=15)), 7).state())
     old = (folder / "race" / checkpoint.CHECKPOINT).read_bytes()
-    monkeypatch.setattr(cli, "SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(command, "SECONDS_BETWEEN_SAVES", -1.0)
     with DISKS[reason](20_000):
         assert cli.main(["race", "--resume", "race"]) == 2
     err = capsys.readouterr().err

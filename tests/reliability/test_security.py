@@ -17,10 +17,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from emerging_optimizers.lab import cli, display
-from emerging_optimizers.lab.options import Options
-from emerging_optimizers.lab.printable import printable
-from emerging_optimizers.lab.race import Race
+from emerging_optimizers.lab import cli
+from emerging_optimizers.lab.common import printable
+from emerging_optimizers.lab.race import display
+from emerging_optimizers.lab.race.race import Options, Race
 from tests.lab.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -408,10 +408,9 @@ def test_the_live_table_shows_hostile_words_as_they_are_but_harmless(
     console = Console(file=file, force_terminal=True, width=500, color_system=None)
     monkeypatch.setattr(display, "REDRAW_SECONDS", 0.0)
     display.print_routing(race, console)
-    with display.display_for(race, console) as show:
-        assert isinstance(show, display.LiveDisplay)
+    with display.live(race, console) as update:
         for run in race.play():
-            show.update(run)
+            update(run)
     shown = file.getvalue()
     words = " ".join(shown.split())  # the caption is as narrow as the table
     assert f"scores: metric {printable(EVIL)}; Ctrl-C" in words
@@ -461,7 +460,7 @@ def watch(event, arguments):
     if event == "subprocess.Popen" and not isinstance(arguments[1], (list, tuple)):
         seen.append((event, repr(arguments)))
 from emerging_optimizers.lab.cli import main
-import torch, matplotlib.figure, emerging_optimizers.lab.report
+import torch, matplotlib.figure, emerging_optimizers.lab.race.report
 sys.addaudithook(watch)
 code = main(sys.argv[1:])
 print(seen or "nothing seen")

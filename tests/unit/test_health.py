@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emerging_optimizers.health import Health, HealthMonitor, TensorHealth, concern, examine
-from emerging_optimizers.lab.optimizers import tuned_rate
-from emerging_optimizers.lab.race import learning_rate_factor
+from emerging_optimizers.health.diagnosis import threshold_rows
+from emerging_optimizers.lab.race.optimizers import tuned_rate
+from emerging_optimizers.lab.race.race import learning_rate_factor
 from emerging_optimizers.lab.tasks import make_task
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.soap import SOAP
@@ -272,6 +274,11 @@ def test_everything_is_json() -> None:
 
 
 # what is wrong
+
+
+def test_the_page_has_the_thresholds() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "health.md").read_text(encoding="utf-8")
+    assert "\n".join(f"| {' | '.join(row)} |" for row in threshold_rows()) in page
 
 
 def turning(step: int, p: Tensor, made: Tensor) -> Tensor:

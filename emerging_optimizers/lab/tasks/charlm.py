@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emerging_optimizers.lab.errors import LabError
-from emerging_optimizers.lab.tasks.protocol import step_generator
+from emerging_optimizers.lab.common import LabError
+from emerging_optimizers.lab.tasks import step_generator
 
 CONTEXT = 128  # characters that the model sees
 BATCH = 16  # windows per step: 2,048 characters
@@ -26,14 +26,7 @@ SHORTEST_TEXT = 10_000  # characters; a tenth of it still gives several differen
 
 
 def read_text(path: str | None) -> str:
-    """Read the text to learn.
-
-    Args:
-        path: a UTF-8 file, or None for Python's own reference text.
-
-    Raises:
-        LabError: the file is missing, is not UTF-8 or is too short.
-    """
+    """Read the text to learn: a UTF-8 file, or None for Python's own reference text."""
     if path is None:
         from pydoc_data.topics import topics
 
@@ -77,11 +70,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only language model with learned positions and an untied output head, 0.6 million parameters.
 
-    Initialised as torch does by default. With GPT-2's initialisation (0.02, less for the layers that write into the
-    residual stream) AdamW ended at 2.08 nats instead of 1.69, each at the best of its rates tried: an easier rival.
-
-    Args:
-        vocabulary: number of different characters.
+    Initialised as torch does by default: with GPT-2's initialisation AdamW is an easier rival.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -102,11 +91,9 @@ class Transformer(nn.Module):
 
 
 class CharLM:
-    """Character-level language modelling.
+    """Character-level language modelling, of a UTF-8 file or of Python's own reference text.
 
-    Args:
-        seed: start weights and batches follow from it; the validation windows are the same for every seed.
-        text: path of a UTF-8 file, or None for Python's own reference text.
+    Start weights and batches follow from the seed; the validation windows are the same for every one.
     """
 
     name = "charlm"

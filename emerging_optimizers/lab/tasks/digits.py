@@ -10,17 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emerging_optimizers.lab.tasks.protocol import step_generator
+from emerging_optimizers.lab.tasks import step_generator
 
 BATCH = 128
 
 
 class Digits:
-    """Classification of 8 x 8 grey images into ten digits.
-
-    Args:
-        seed: start weights and batches follow from it.
-    """
+    """Classification of 8 x 8 grey images into ten digits; start weights and batches follow from the seed."""
 
     name = "digits"
     metric = "validation cross-entropy, nats"

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from emerging_optimizers.lab.tasks.protocol import step_generator
+from emerging_optimizers.lab.tasks import step_generator
 
 VISCOSITY = 0.05 / math.pi  # a front that a short run can resolve; 0.01 / pi is the literature's harder choice
 POINTS = 1024  # collocation points per step
@@ -29,13 +29,8 @@ def burgers_reference(x: Tensor, t: Tensor, viscosity: float = VISCOSITY) -> Ten
     ``u = -E[sin(pi y) f(y)] / E[f(y)]`` with ``f(y) = exp(-cos(pi y) / (2 pi nu))`` and ``y`` normal around ``x`` with
     variance ``2 nu t``. Gauss-Hermite quadrature takes the averages.
 
-    Args:
-        x: positions, any shape, float64.
-        t: times, the same shape; 0 is allowed.
-        viscosity: nu; from about 0.003 upwards the quadrature has converged.
-
-    Returns:
-        The solution in float64, shape of ``x``.
+    ``x`` and the times ``t``, of which 0 is allowed, are float64 of one shape, and so is the solution. From a viscosity
+    of about 0.003 upwards the quadrature has converged.
     """
     from numpy.polynomial.hermite import hermgauss
 
@@ -72,11 +67,7 @@ class TanhNetwork(nn.Module):
 
 
 class Burgers:
-    """Burgers' equation with a moving front at x = 0.
-
-    Args:
-        seed: start weights and collocation points follow from it.
-    """
+    """Burgers' equation with a moving front at x = 0; start weights and collocation points follow from the seed."""
 
     name = "pinn"
     metric = "relative L2 error"

@@ -10,50 +10,78 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import nn
 
-from emerging_optimizers.lab.errors import LabError
-from emerging_optimizers.lab.optimizers import Contender, make_contender
-from emerging_optimizers.lab.options import Options
+from emerging_optimizers.lab.common import LabError
+from emerging_optimizers.lab.race.optimizers import OPTIMIZERS, Contender, make_contender
 from emerging_optimizers.lab.tasks import Task, make_task, settings_of
 
 FORMAT = "soap-race-checkpoint/1"
 WARMUP_STEPS = 10
 
 
+@dataclass(frozen=True)
+class Options:
+    """Everything that determines a race's numbers, but the machine and the versions."""
+
+    task: str
+    text: str | None  # absolute path, for charlm
+    learning_rates: dict[str, tuple[float, ...]]  # peaks, each a run of its own; in the order of the tables
+    seeds: tuple[int, ...]
+    steps: int | None  # None: the task's
+    frequency: int
+    threads: int
+
+    @classmethod
+    def restore(cls, saved: Any) -> Options:
+        """Take options from a checkpoint: the values of `asdict`, after a check of every type."""
+        wanted = {
+            "task": lambda v: isinstance(v, str),
+            "text": lambda v: v is None or isinstance(v, str),
+            "learning_rates": lambda v: isinstance(v, dict) and v and all(_is_rates(*item) for item in v.items()),
+            "seeds": lambda v: isinstance(v, tuple) and v and all(type(seed) is int for seed in v),
+            "steps": lambda v: v is None or _is_positive(v),
+            "frequency": _is_positive,
+            "threads": _is_positive,
+        }
+        if not isinstance(saved, dict) or set(saved) != set(wanted) or not all(wanted[k](v) for k, v in saved.items()):
+            raise LabError("the checkpoint's options are not those of a race; start a new race")
+        return cls(**saved)
+
+    def public(self) -> dict[str, Any]:
+        """Return the options as results show them: the text by file name, as a path may name a person."""
+        return {**asdict(self), "text": None if self.text is None else Path(self.text).name}
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_rates(name: Any, rates: Any) -> bool:
+    floats = isinstance(rates, tuple) and rates and all(type(rate) is float for rate in rates)
+    return bool(floats) and name in OPTIMIZERS
+
+
 @dataclass
 class Record:
-    """What is kept of a run: plain numbers, all finite.
-
-    Attributes:
-        optimizer: the contender's name.
-        lr: peak learning rate.
-        seed: of the start weights and the batches.
-        parameters: numbers that the model learns.
-        eval_steps: steps done when `validation` was measured, from 0.
-        validation: the task's score, one per entry of `eval_steps`.
-        train_loss: of each step's batch, before the step.
-        step_seconds: forward, backward and optimizer of each step, without making the batch and validating.
-        optimizer_seconds: the optimizer's part of it.
-        state_bytes: of the optimizer's state tensors.
-        diverged: why the run does not count, or None.
-    """
+    """What is kept of a run: plain numbers, all finite."""
 
     optimizer: str
     lr: float
     seed: int
     parameters: int
-    eval_steps: list[int]
+    eval_steps: list[int]  # steps done when `validation` was measured, from 0
     validation: list[float]
-    train_loss: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)  # of each step's batch, before the step
+    step_seconds: list[float] = field(default_factory=list)  # without making the batch and validating
     optimizer_seconds: list[float] = field(default_factory=list)
     state_bytes: int = 0
-    diverged: str | None = None
+    diverged: str | None = None  # why the run does not count
 
 
 @dataclass
@@ -77,21 +105,14 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 class Race:
-    """All runs of a race.
-
-    Args:
-        options: what to race.
-
-    Raises:
-        LabError: the task or an optimizer cannot be set up.
-    """
+    """All runs of a race; LabError if the task or an optimizer cannot be set up."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.runs: list[Run] = []
         self._starts: dict[int, tuple[float, float]] = {}  # seed -> score of the start weights, loss of batch 0
         for seed in options.seeds:
-            task = make_task(options.task, seed, options.task_options())
+            task = make_task(options.task, seed, {} if options.text is None else {"text": options.text})
             self.settings = settings_of(task)
             self.steps = options.steps or self.settings.steps
             torch.manual_seed(seed)
@@ -171,11 +192,7 @@ class Race:
 
     @classmethod
     def restore(cls, state: dict[str, Any]) -> Race:
-        """Make the race that `state` was taken from, ready to go on bit for bit.
-
-        Raises:
-            LabError: the state is not a race's, or the task is no longer the one that it began with.
-        """
+        """Make the race that `state` was taken from, ready to go on bit for bit; LabError if the task has changed."""
         race = cls(saved_options(state))
         try:
             for seed, start in state["starts"].items():
@@ -192,11 +209,7 @@ class Race:
 
 
 def saved_options(state: dict[str, Any]) -> Options:
-    """Read from a race's state what was to be raced.
-
-    Raises:
-        LabError: the state is not a race's.
-    """
+    """Read from a race's state what was to be raced; LabError if it is not a race's."""
     if state.get("format") != FORMAT:
         raise LabError(f"the checkpoint is not of the format {FORMAT}; start a new race")
     return Options.restore(state.get("options"))

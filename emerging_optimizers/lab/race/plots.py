@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
-from emerging_optimizers.lab.race import Record
-from emerging_optimizers.lab.results import LABELS, Line, best_runs, score, seconds_at_evaluations
+from emerging_optimizers.lab.page import plain_axes, render_svg
+from emerging_optimizers.lab.race.race import Record
+from emerging_optimizers.lab.race.verdict import LABELS, Line, best_runs, score, seconds_at_evaluations
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,6 @@ def write_png(file: BinaryIO, lines: Sequence[Line], records: Sequence[Record], 
 
 def svg(lines: Sequence[Line], records: Sequence[Record], x_label: str, metric: str) -> str:
     """Draw the scores against one of `AXES`, as an SVG element to put into a page."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     # Narrow, so that the letters stay readable where a phone scales the picture down.
@@ -53,11 +52,7 @@ def svg(lines: Sequence[Line], records: Sequence[Record], x_label: str, metric: 
     _draw(axes, lines, records, x_label)
     axes.set_ylabel(metric, parse_math=False)
     _legend(figure, "outside upper left", columns=2)
-    text = io.StringIO()
-    # Letters as paths need no font on the reader's machine; the salt keeps the two pictures' ids apart and stable.
-    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": x_label}):
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return text.getvalue().partition("<svg")[2].join(["<svg", ""])
+    return render_svg(figure, x_label)
 
 
 def _draw(axes: Axes, lines: Sequence[Line], records: Sequence[Record], x_label: str) -> None:
@@ -82,10 +77,8 @@ def _draw(axes: Axes, lines: Sequence[Line], records: Sequence[Record], x_label:
         # The fall from the start would flatten everything that the race is about.
         margin = 0.05 * (max(drawn) - min(drawn)) or 1.0
         axes.set_ylim(min(drawn) - margin, max(drawn) + margin)
-    axes.set_xlim(left=0)
     axes.set_xlabel(x_label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2, linewidth=0.6)
+    plain_axes(axes)
 
 
 def _legend(figure: Figure, place: Literal["outside right center", "outside upper left"], columns: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emerging_optimizers.lab.errors import LabError
+from emerging_optimizers.lab.common import LabError
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.soap import SOAP
 
@@ -19,11 +19,7 @@ WEIGHT_DECAY = 0.01  # the same for everyone, so that no one wins by regularisat
 
 
 class Contender:
-    """One or two torch optimizers that together train every parameter of a model once.
-
-    Args:
-        optimizers: torch optimizers over disjoint parameters, each with its peak learning rates set.
-    """
+    """One or two torch optimizers, at their peak rates, that together train every parameter of a model once."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = optimizers
@@ -99,14 +95,7 @@ DEFAULT_OPTIMIZERS = ("soap", "soap-kronecker", "adamw", "muon")
 
 
 def make_contender(name: str, model: nn.Module, lr: float, task: str, frequency: int) -> Contender:
-    """Set up an optimizer for a model.
-
-    Args:
-        name: one of `OPTIMIZERS`.
-        model: its parameters are shared out by `emerging_optimizers.routing.route_parameters`.
-        lr: peak learning rate.
-        task: name of the task, for the tuned AdamW rate that Muon's remaining parameters get.
-        frequency: SOAP's refresh frequency, steps.
+    """Set up one of `OPTIMIZERS` for a model, at a peak rate; what Muon leaves to AdamW gets the task's tuned rate.
 
     Raises:
         LabError: this torch does not have the optimizer.
@@ -117,7 +106,7 @@ def make_contender(name: str, model: nn.Module, lr: float, task: str, frequency:
 def tuned_rate(task: str, optimizer: str) -> float:
     """Look up the peak learning rate from the committed sweep; a task without one gets the row ``untuned``."""
     table = _rates()
-    return table.get(task, table["untuned"])[optimizer]
+    return float(table.get(task, table["untuned"])[optimizer])
 
 
 def is_tuned(task: str) -> bool:
@@ -125,7 +114,5 @@ def is_tuned(task: str) -> bool:
     return task in _rates()
 
 
-def _rates() -> dict[str, dict[str, float]]:
-    text = files("emerging_optimizers.lab").joinpath("learning_rates.json").read_text(encoding="utf-8")
-    rates: dict[str, dict[str, float]] = json.loads(text)
-    return rates
+def _rates() -> Any:
+    return json.loads(files("emerging_optimizers.lab").joinpath("learning_rates.json").read_text(encoding="utf-8"))
