@@ -31,26 +31,11 @@ class WeightDecayMixin:
     method is another one, so both are called without asking which method is set.
 
     Example:
-        >>> class SGD(WeightDecayMixin, torch.optim.Optimizer):
-        ...     def __init__(self, params, lr, weight_decay=0.1, weight_decay_method="decoupled"):
-        ...         self.validate_weight_decay(weight_decay, weight_decay_method)
-        ...         super().__init__(
-        ...             params,
-        ...             {"lr": lr, "weight_decay": weight_decay, "weight_decay_method": weight_decay_method},
-        ...         )
-        ...
-        ...     @torch.no_grad()
-        ...     def step(self):
-        ...         for group in self.param_groups:
-        ...             for p in group["params"]:
-        ...                 grad = self.regularized_grad(p.grad, p, group)
-        ...                 self.decay_weight_(p, group)
-        ...                 p.sub_(group["lr"] * grad)
-        >>> p = torch.nn.Parameter(torch.ones(1))
-        >>> p.grad = torch.zeros(1)
-        >>> SGD([p], lr=0.5).step()
-        >>> p.item()
-        0.949999988079071
+        >>> weight, group = torch.ones(1), {"lr": 0.5, "weight_decay": 0.1, "weight_decay_method": "decoupled"}
+        >>> grad = WeightDecayMixin.regularized_grad(torch.zeros(1), weight, group)
+        >>> WeightDecayMixin.decay_weight_(weight, group)
+        >>> grad, weight
+        (tensor([0.]), tensor([0.9500]))
     """
 
     @staticmethod

@@ -73,7 +73,7 @@ def calibrate(seconds: float = 10.0, device: str | torch.device = "cpu") -> Rate
         count = max(1, STACK_ELEMENTS // size**2)
         stack = torch.randn(count, size, size, generator=generator).to(where)
         out = torch.empty_like(stack)
-        with fp32_matmul_precision("high", stack):
+        with fp32_matmul_precision("high"):
             taken = _time(lambda a=stack, b=out: torch.matmul(a, a, out=b), slot, where)  # type: ignore[misc]
         matmul[size] = 2 * size**3 * count / taken
         taken = _time(lambda a=stack: torch.linalg.householder_product(*torch.geqrf(a)), slot, where)  # type: ignore[misc]

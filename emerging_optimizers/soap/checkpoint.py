@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from emerging_optimizers.soap.options import name_of, validate_options
-from emerging_optimizers.soap.state import HOST_KEYS, STATE_DTYPES, meta_state, pack
+from emerging_optimizers.soap.state import HOST_KEYS, STATE_DTYPES, meta_state
 
 if TYPE_CHECKING:
     from emerging_optimizers.soap.distributed.driver import SharedParameters
@@ -208,14 +208,14 @@ def _states_to_load(
     """Parameter and new state for each state that was saved: copies, with the dtype and device that they must have."""
     saved_ids = chain.from_iterable(group["params"] for group in groups)
     members = (
-        (parameter, options, "pack_factors" in saved_group, name_of(live, index))
-        for live, options, saved_group in zip(optimizer.param_groups, groups, final["param_groups"], strict=True)
+        (parameter, options, name_of(live, index))
+        for live, options in zip(optimizer.param_groups, groups, strict=True)
         for index, parameter in enumerate(live["params"])
     )
-    for saved_id, (parameter, options, knows_packing, name) in zip(saved_ids, members, strict=True):
+    for saved_id, (parameter, options, name) in zip(saved_ids, members, strict=True):
         saved = final["state"].get(saved_id)
         if saved:
-            yield parameter, _state_to_load(parameter, options, saved, name, knows_packing, shared)
+            yield parameter, _state_to_load(parameter, options, saved, name, shared)
 
 
 def _state_to_load(
@@ -223,11 +223,10 @@ def _state_to_load(
     options: dict[str, Any],
     saved: dict[str, Any],
     name: str,
-    knows_packing: bool,
     shared: SharedParameters | None,
 ) -> dict[str, Tensor]:
-    """The state of one parameter; packed here if it is from before factors could be (``knows_packing`` is false)."""
-    wanted = meta_state(parameter, {**options, "pack_factors": options["pack_factors"] and knows_packing})
+    """The state of one parameter."""
+    wanted = meta_state(parameter, options)
     saved = dict(saved)
     if saved.pop("unrotated", 0) != 0:
         raise ValueError(
@@ -275,9 +274,6 @@ def _state_to_load(
 
             value = held_part(value, key, parameter, None if shared is None else shared.loading.get(parameter))
         state[key] = value.to(device, template.dtype, copy=True, memory_format=torch.contiguous_format)
-    if options["pack_factors"] and not knows_packing:
-        factors = {key: value for key, value in state.items() if key.startswith("GG_") and value.dim() == 2}
-        state |= {key: pack(value.unsqueeze(0))[0] for key, value in factors.items()}
     if "refresh_step" in counts and counts["refresh_step"] > counts["step"]:
         raise ValueError(
             f"the loaded state 'refresh_step' of {name} must not be after 'step' ({counts['step']:g}), got "

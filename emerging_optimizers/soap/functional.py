@@ -1,8 +1,9 @@
 """The documented functions on one tensor and its lists of factors and bases.
 
-They are the un-batched face of ``step`` and ``refresh``, on a stack of one, with every shape checked, and outside of
-``torch.autocast``. In a list, an empty tensor stands for an axis without a factor, whose basis is the identity. Import
-them from ``emerging_optimizers.soap.soap`` and ``emerging_optimizers.soap.soap_utils``.
+They are the un-batched face of ``step`` and ``refresh``, on a stack of one, and outside of ``torch.autocast``. In a
+list, an empty tensor stands for an axis without a factor, whose basis is the identity. Import them from
+``emerging_optimizers.soap.soap`` and ``emerging_optimizers.soap.soap_utils``. A list that is none of floating-point
+tensors is a TypeError; a shape, length or number that does not fit is a ValueError that names the argument.
 """
 
 from __future__ import annotations
@@ -30,26 +31,18 @@ def precondition(
     eigenbasis_list: list[Tensor] | None = None,
     dims: list[list[int]] | None = None,
 ) -> Tensor:
-    """Projects a tensor into the eigenbasis, or back out of it.
+    """Projects a tensor into the eigenbasis, or back out of it (SOAP, arXiv 2409.11321, algorithm 3).
 
     The first axis of the running tensor is contracted with each basis in turn and goes to the end, so that after N
     bases the axes are back in order: ``Q_1^T G Q_2`` for a matrix, ``Q_1 G Q_2^T`` on the way back.
 
-    Source: SOAP, arXiv 2409.11321, algorithm 3, lines "project" and "project back".
-
     Args:
         grad: (d_1, .., d_N).
-        eigenbasis_list: One (d_k, d_k) basis per axis, eigenvectors as columns; an empty one leaves its axis as it
-            is. None: ``grad`` is returned.
+        eigenbasis_list: One (d_k, d_k) basis per axis, eigenvectors as columns. None: ``grad`` is returned.
         dims: ``[[0], [0]]`` (default) projects in, ``[[0], [1]]`` projects back.
 
     Returns:
-        A tensor of ``grad``'s shape, in the promoted dtype of ``grad`` and bases, at least float32; ``grad`` itself
-        without bases.
-
-    Raises:
-        TypeError: An argument is not a (list of) floating-point tensor(s).
-        ValueError: A basis does not fit its axis, or ``dims`` is neither of the two.
+        A tensor of ``grad``'s shape, in the promoted dtype of ``grad`` and bases, at least float32.
 
     Example:
         >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
@@ -70,20 +63,14 @@ def precondition(
 
 
 def init_kronecker_factors(grad: Tensor, precondition_1d: bool = False) -> list[Tensor]:
-    """Kronecker factors of zeros for a gradient.
-
-    Source: SOAP, arXiv 2409.11321, section 4, with the factors started at zero.
+    """Kronecker factors of zeros for a gradient (SOAP, arXiv 2409.11321, section 4).
 
     Args:
         grad: (d_1, .., d_N). Only shape, device and dtype are read.
-        precondition_1d: Whether a 1-D gradient gets a factor.
+        precondition_1d: Whether a 1-D gradient gets a factor; otherwise its list has one empty tensor.
 
     Returns:
-        One (d_k, d_k) tensor per axis on the gradient's device, float64 for a float64 gradient and float32
-        otherwise. A 1-D gradient without ``precondition_1d``: a list of one empty tensor.
-
-    Raises:
-        TypeError: ``grad`` is not a floating-point tensor.
+        One (d_k, d_k) tensor per axis on the gradient's device, float64 for a float64 gradient, else float32.
 
     Example:
         >>> [tuple(factor.shape) for factor in init_kronecker_factors(torch.zeros(2, 3))]
@@ -104,19 +91,13 @@ def update_kronecker_factors(
     shampoo_beta: float,
     precondition_1d: bool = False,
 ) -> None:
-    """``K_k <- beta K_k + (1 - beta) unfold_k(G) unfold_k(G)^T`` for every axis, in place.
-
-    Source: SOAP, arXiv 2409.11321, algorithm 3, the updates of L and R.
+    """``K_k <- beta K_k + (1 - beta) unfold_k(G) unfold_k(G)^T``, in place (SOAP, arXiv 2409.11321, algorithm 3).
 
     Args:
-        kronecker_factor_list: One (d_k, d_k) factor per axis, or an empty tensor; modified in place.
+        kronecker_factor_list: One (d_k, d_k) factor per axis; modified in place.
         grad: ``G``, (d_1, .., d_N).
         shampoo_beta: The decay, in [0, 1].
         precondition_1d: Without it a 1-D gradient changes nothing.
-
-    Raises:
-        TypeError: An argument is not a (list of) floating-point tensor(s).
-        ValueError: A factor does not fit its axis, or ``shampoo_beta`` is out of range.
 
     Example:
         >>> grad = torch.tensor([[1.0, 2.0]])
@@ -147,25 +128,19 @@ def update_kronecker_factors_kl_shampoo(
     eps: float,
     eigval_exp: float = -1.0,
 ) -> None:
-    """KL-Shampoo's update of the factors, in place: each Gram product is whitened by the other axes' factors.
+    """KL-Shampoo's update of the factors, in place (arXiv 2509.03378).
 
     ``lam_j = max(diag(Q_j^T K_j Q_j), eps)``, ``S_j = Q_j diag(lam_j**eigval_exp) Q_j^T / d_j``, and for a matrix
     ``K_1 <- b K_1 + (1 - b) G S_2 G^T``, ``K_2 <- b K_2 + (1 - b) G^T S_1 G``, both from the factors as they were.
-    With more axes every other axis is contracted with its own ``S_j``.
-
-    Source: KL-Shampoo, arXiv 2509.03378.
+    With more axes every other axis is contracted with its own ``S_j``. A 1-D gradient is a TypeError.
 
     Args:
-        kronecker_factor_list: One (d_k, d_k) factor per axis, or an empty tensor; modified in place.
+        kronecker_factor_list: One (d_k, d_k) factor per axis; modified in place.
         grad: ``G``, with two axes or more.
         shampoo_beta: The decay ``b``, in [0, 1].
         eigenbasis_list: One orthonormal basis per axis; an empty one takes part with ``S_j = I / d_j``.
         eps: The smallest eigenvalue used, greater than 0.
         eigval_exp: The exponent of the eigenvalues.
-
-    Raises:
-        TypeError: ``grad`` has fewer than two axes, or an argument is not a (list of) floating-point tensor(s).
-        ValueError: A factor or basis does not fit its axis, or a number is out of range.
 
     Example:
         >>> factors, identity = [2 * torch.eye(2), 4 * torch.eye(2)], [torch.eye(2), torch.eye(2)]
@@ -203,38 +178,28 @@ def update_eigenbasis_and_momentum(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """One basis refresh of one tensor: new eigenbases, and the moments carried into them.
 
-    The first moment is carried exactly. The second moment is aligned by eigenvalue rank, or, at the switch from the
-    original space (``eigenbasis_list=None``), replaced by the Kronecker estimate
-    ``V_ij <- sum(V) lam_i mu_j / sum(lam_i mu_j)``. ``momentum`` and ``exp_avg_sq`` are also updated in place.
+    ``M`` is carried exactly. ``V`` is aligned by eigenvalue rank, or, at the switch from the original space, becomes
+    ``V_ij <- sum(V) lam_i mu_j / sum(lam_i mu_j)``. The optimizer also raises ``V`` to a floor, which needs the betas.
 
-    Source: SOAP, arXiv 2409.11321, algorithms 3 and 4; criterion: arXiv 2506.03595. The treatment of the second
-    moment departs from the paper, see the algorithm page. The optimizer also raises the second moment to its floor
-    (``emerging_optimizers.soap.refresh.raise_to_floor``), which needs the betas and is not part of this function.
+    Source: SOAP, arXiv 2409.11321, algorithms 3 and 4, but for ``V`` (see the algorithm page).
 
     Args:
-        kronecker_factor_list: One (d_k, d_k) factor per axis, or an empty tensor.
+        kronecker_factor_list: One (d_k, d_k) factor per axis.
         eigenbasis_list: The present bases. None: the moments are in the original space, and ``eigh`` is used.
-        exp_avg_sq: ``V``, (d_1, .., d_N), in the present bases; updated in place.
+        exp_avg_sq: ``V``, (d_1, .., d_N), in the present bases; updated in place, and returned.
         momentum: ``M``, likewise.
         use_eigh: Decompose every time instead of iterating.
-        use_adaptive_criteria: Leave a factor's basis alone where it still holds (see ``get_eigenbasis_qr``).
+        use_adaptive_criteria: See :func:`get_eigenbasis_qr`.
         adaptive_update_tolerance: The tolerance of that criterion, in [0, 1].
         power_iter_steps: Power steps of the orthogonal iteration, at least 1.
         convert_to_float: Return float32 bases. Otherwise bases have their factor's dtype.
 
     Returns:
-        The new bases, ``momentum`` and ``exp_avg_sq``, the latter two being the tensors that were passed in.
-
-    Raises:
-        TypeError: An argument is not a (list of) floating-point tensor(s).
-        ValueError: Shapes or lengths disagree, or an option is out of range.
+        The new bases, ``momentum`` and ``exp_avg_sq``.
 
     Example:
         >>> factors = [torch.diag(torch.tensor([1.0, 3.0])), torch.diag(torch.tensor([2.0, 2.0]))]
-        >>> bases, momentum, exp_avg_sq = update_eigenbasis_and_momentum(
-        ...     factors, None, torch.ones(2, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        ... )
-        >>> momentum, exp_avg_sq
+        >>> update_eigenbasis_and_momentum(factors, None, torch.ones(2, 2), torch.eye(2))[1:]
         (tensor([[0., 1.],
                 [1., 0.]]), tensor([[1.5000, 1.5000],
                 [0.5000, 0.5000]]))
@@ -285,25 +250,17 @@ def get_eigenbasis_eigh(
     Never fails on a matrix that ``torch.linalg.eigh`` rejects: it is retried in float64, then on the CPU, and then
     the old basis (or the identity) is kept; one warning is logged and ``emerging_optimizers.soap.incidents`` counts.
 
-    Source: the exact decomposition of SOAP, arXiv 2409.11321, algorithm 3; the criterion is that of arXiv 2506.03595.
-
     Args:
-        kronecker_factor_list: One symmetric (d_k, d_k) factor per axis, or an empty tensor. Only the lower triangle
-            is read.
+        kronecker_factor_list: One symmetric (d_k, d_k) factor per axis. Only the lower triangle is read.
         convert_to_float: Return float32. Otherwise bases have their factor's dtype.
         eigenbasis_list: The present bases, needed for the adaptive criterion and kept where no decomposition succeeds.
-        use_adaptive_criteria: Return the old basis ``Q`` of a factor ``K`` where
-            ``norm(diag(Q^T K Q)) >= (1 - adaptive_update_tolerance) * frobenius(K)``.
+        use_adaptive_criteria: See :func:`get_eigenbasis_qr`.
         adaptive_update_tolerance: The tolerance of that criterion, in [0, 1].
         eps: Shift of the diagonal before decomposition, relative to the factor's largest diagonal entry. Default
             1e-7 for float32 (and lower) and 1e-15 for float64.
 
     Returns:
         One orthonormal (d_k, d_k) basis per axis; for a diagonal factor exactly a permutation of the identity.
-
-    Raises:
-        TypeError: An argument is not a list of floating-point tensors.
-        ValueError: A factor is not square, a list has the wrong length, or the tolerance is missing.
 
     Example:
         >>> get_eigenbasis_eigh([torch.diag(torch.tensor([1.0, 3.0, 2.0]))])[0]
@@ -344,29 +301,23 @@ def get_eigenbasis_qr(
     adaptive_update_tolerance: float | None = None,
     power_iter_steps: int = 1,
 ) -> tuple[list[Tensor], Tensor]:
-    """One round of orthogonal iteration for every factor.
+    """One round of orthogonal iteration for every factor (SOAP, arXiv 2409.11321, algorithm 4).
 
     ``lam = diag(Q^T K Q)``; the columns of ``Q``, and ``exp_avg_sq`` along that axis, are sorted by descending
     ``lam``; then ``power_iter_steps`` times ``Q <- qr(K Q).Q``.
 
-    Source: SOAP, arXiv 2409.11321, algorithm 4; the criterion is that of arXiv 2506.03595.
-
     Args:
-        kronecker_factor_list: One symmetric (d_k, d_k) factor per axis, or an empty tensor.
+        kronecker_factor_list: One symmetric (d_k, d_k) factor per axis.
         eigenbasis_list: The present orthonormal bases, shaped like the factors.
         exp_avg_sq: Adam's second moment in these bases, (d_1, .., d_N). Not modified.
         convert_to_float: Return float32 bases. Otherwise bases have their factor's dtype.
         use_adaptive_criteria: Leave a basis, and ``exp_avg_sq`` along its axis, alone where
-            ``norm(lam) >= (1 - adaptive_update_tolerance) * frobenius(K)``.
+            ``norm(lam) >= (1 - adaptive_update_tolerance) * frobenius(K)`` (arXiv 2506.03595).
         adaptive_update_tolerance: The tolerance of that criterion, in [0, 1].
         power_iter_steps: Number of power steps, at least 1.
 
     Returns:
         The bases and the re-ordered second moment.
-
-    Raises:
-        TypeError: An argument is not a (list of) floating-point tensor(s), or ``power_iter_steps`` no integer.
-        ValueError: Shapes or lengths disagree, or an option is out of range.
 
     Example:
         >>> factor = torch.diag(torch.tensor([1.0, 2.0]))

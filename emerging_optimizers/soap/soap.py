@@ -122,17 +122,11 @@ class SOAP(WeightDecayMixin, Optimizer):
             their mesh along and need no argument. Not an option of a group, and not saved. With several processes the
             constructor, ``step``, ``state_dict`` and ``load_state_dict`` must be called by all.
 
-    State, per parameter: ``step``, the steps done, 0-D float64 on the CPU; ``exp_avg`` and ``exp_avg_sq``, shaped like
-    the parameter and held in the eigenbasis once there is one; ``skipped_steps``, 0-D int64. Preconditioned tensors
-    also have ``refresh_step``, the value of ``step`` after the last refresh that was due, 0 before the first;
-    ``failed_refreshes``, 0-D
-    int64, the refreshes in which a decomposition failed for good and the last good basis stayed; and for each
-    preconditioned axis k of the working shape ``GG_k`` and ``Q_k``, (d_k, d_k); packed, ``GG_k`` is
-    (d_k (d_k + 1) / 2,), see ``emerging_optimizers.soap.state``. ``exp_avg`` and ``Q_k`` are in
-    ``state_dtype``, all else but the counters in the working dtype. They are views into stacks that parameters share:
-    clone them before saving the state of a single one. What was skipped or failed is logged once per kind and counted
-    for the process in ``emerging_optimizers.soap.incidents``. Where another process works on a parameter, all but
-    ``step`` are empty tensors here; ``state_dict`` has them whole.
+    State, per parameter: ``step``, ``exp_avg``, ``exp_avg_sq`` (in the eigenbasis once there is one) and
+    ``skipped_steps``; with preconditioned axes also ``refresh_step`` (the value of ``step`` after the last refresh),
+    ``failed_refreshes``, and per axis of the working shape ``GG_k`` and ``Q_k``. They are views into stacks that
+    parameters share: clone them before saving the state of a single one. Where another process works on a parameter,
+    all but ``step`` are empty; ``state_dict`` has them whole. The page on checkpointing says what each holds.
 
     Raises:
         TypeError: An option has the wrong type.

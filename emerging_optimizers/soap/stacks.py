@@ -11,11 +11,10 @@ state. A run that is resumed from a checkpoint therefore forms the same stacks, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from math import prod, sqrt
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +29,6 @@ from emerging_optimizers.soap.step import norms, soap_step
 
 #: A stack of several parameters has at most this many elements per state tensor, which bounds the memory of a step.
 MOST_ELEMENTS = 2**22
-
-T = TypeVar("T")
 
 
 class Kind(NamedTuple):
@@ -71,11 +68,27 @@ class StackedState:
         members: The parameters.
         states: Their states in the optimizer, empty for a parameter that has none yet; what is there is copied, and
             replaced by views.
+        group: Their parameter group.
+
+    Raises:
+        RuntimeError: The states were made for other shapes, or other ways of keeping them.
     """
 
-    def __init__(self, kind: Kind, members: Sequence[Member], states: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self, kind: Kind, members: Sequence[Member], states: Sequence[dict[str, Any]], group: Mapping[str, Any]
+    ) -> None:
         self.kind, self.members = kind, members
         fresh = new_state(members[0].held, kind.layout, kind.pack_factors, kind.state_dtype)
+        for member, state in zip(members, states, strict=True):
+            factors = {key for key in {**state, **fresh} if key.startswith("GG_")}
+            for key in (state.keys() & fresh.keys()) | factors if "step" in state else ():
+                got, wanted = (tuple(some[key].shape) if key in some else None for some in (state, fresh))
+                if got != wanted:
+                    raise RuntimeError(
+                        f"The state of {name_of(group, member.position)} does not fit: state[{key!r}] must have shape "
+                        f"{wanted}, got {got}, by what its shape, max_precond_dim, merge_dims, precondition_1d and "
+                        "pack_factors now give; they cannot change after the first step"
+                    )
         self.kept = {
             key: value.expand(len(members), *value.shape).clone(memory_format=torch.contiguous_format)
             for key, value in fresh.items()
@@ -292,51 +305,21 @@ def stacks_of(
 
 
 def kind_of(parameter: Tensor, held: Tensor, group: Mapping[str, Any], apart: Hashable = None) -> Kind:
-    """The kind of stack that a parameter belongs to.
-
-    Args:
-        parameter: The parameter.
-        held: What this process has of it.
-        group: Its group.
-        apart: Whatever else the members of a stack must share.
-    """
-    kind = _kind(
-        parameter.shape,
-        held.shape,
-        parameter.dtype,
-        parameter.device,
-        group["pack_factors"],
-        group["state_dtype"],
-        group["max_precond_dim"],
-        group["precondition_1d"],
-        group["merge_dims"],
-    )
-    return kind if apart is None else kind._replace(apart=apart)
-
-
-@lru_cache(maxsize=4096)
-def _kind(
-    shape: torch.Size,
-    held: torch.Size,
-    dtype: torch.dtype,
-    device: torch.device,
-    pack_factors: bool,
-    state_dtype: torch.dtype | None,
-    *layout_options: Any,
-) -> Kind:
-    layout = layout_of(tuple(shape), *layout_options)
+    """The kind of stack that a parameter belongs to, of which this process has ``held``."""
+    layout = layout_of(parameter.shape, group["max_precond_dim"], group["precondition_1d"], group["merge_dims"])
     if not layout.axes:
-        layout = Layout(tuple(held), ())
-    working = torch.float64 if dtype == torch.float64 else torch.float32
-    return Kind(tuple(shape), layout, working, device, pack_factors, state_dtype)
+        layout = Layout(held.shape, ())
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return Kind(parameter.shape, layout, dtype, parameter.device, group["pack_factors"], group["state_dtype"], apart)
 
 
 def chunks(kinds: Mapping[Kind, list[Member]]) -> Iterator[tuple[Kind, list[Member]]]:
     """Cuts members so that no state tensor of several has more than :data:`MOST_ELEMENTS`."""
     for kind, members in kinds.items():
-        size = max(prod(kind.layout.shape), *(kind.layout.shape[axis] ** 2 for axis in kind.layout.axes), 1)
-        for batch in batches(members, lambda member, size=size: size, MOST_ELEMENTS):  # type: ignore[misc]
-            yield kind, batch
+        size = max(prod(kind.shape), *(kind.layout.shape[axis] ** 2 for axis in kind.layout.axes), 1)
+        count = max(MOST_ELEMENTS // size, 1)
+        for start in range(0, len(members), count):
+            yield kind, members[start : start + count]
 
 
 def form_stacks(
@@ -362,49 +345,7 @@ def form_stacks(
         stack = kept[place]
         if stack is None or not stack.stands():
             stack = kept[place] = None
-            check_fit(group, kind, members, states)
-            kept[place] = StackedState(kind, members, [states[member.parameter] for member in members])
+            kept[place] = StackedState(kind, members, [states[member.parameter] for member in members], group)
         else:
             stack.members = members
     return [stack for stack in kept if stack is not None]
-
-
-def check_fit(
-    group: Mapping[str, Any], kind: Kind, members: Sequence[Member], states: Mapping[Tensor, Mapping[str, Any]]
-) -> None:
-    """Raises unless the states that there are were made for these shapes and ways of keeping them.
-
-    Raises:
-        RuntimeError: Options were changed that decide about a state's tensors.
-    """
-    wanted = new_state(members[0].held.to("meta"), kind.layout, kind.pack_factors, kind.state_dtype)
-    for member in members:
-        state = states.get(member.parameter, {})
-        factors = [key for key in {**state, **wanted} if key.startswith("GG_")]
-        for key in [*factors, *wanted] if "step" in state else []:
-            got, want = (tuple(s[key].shape) if key in s else None for s in (state, wanted))
-            if got != want and (got is not None or key in factors):
-                raise RuntimeError(
-                    f"The state of {name_of(group, member.position)} does not fit: state[{key!r}] must have shape "
-                    f"{want}, got {got}, by what its shape, max_precond_dim, merge_dims, precondition_1d and "
-                    "pack_factors now give; they cannot change after the first step"
-                )
-
-
-def batches(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
-    """Puts neighbours together as long as their sizes add up to no more than a limit; a larger one is alone.
-
-    Example:
-        >>> list(batches([1, 2, 3, 9, 1], lambda item: item, 5))
-        [[1, 2], [3], [9], [1]]
-    """
-    batch: list[T] = []
-    filled = 0
-    for item in items:
-        if batch and filled + size(item) > limit:
-            yield batch
-            batch, filled = [], 0
-        batch.append(item)
-        filled += size(item)
-    if batch:
-        yield batch

@@ -7,9 +7,9 @@ at a multiple of eight bytes; bfloat16 tensors travel as two bytes an element.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch import Tensor
 sent: Counter[str] = Counter()
 
 _ALIGNMENT = 8
+
+T = TypeVar("T")
 
 
 class Spec(NamedTuple):
@@ -126,3 +128,22 @@ def _views(buffer: Tensor, specs: Sequence[Sequence[Spec]]) -> list[list[Tensor]
             start += spec.bytes
         views.append(some)
     return views
+
+
+def batches(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Puts neighbours together as long as their sizes add up to no more than a limit; a larger one is alone.
+
+    Example:
+        >>> list(batches([1, 2, 3, 9, 1], lambda item: item, 5))
+        [[1, 2], [3], [9], [1]]
+    """
+    batch: list[T] = []
+    filled = 0
+    for item in items:
+        if batch and filled + size(item) > limit:
+            yield batch
+            batch, filled = [], 0
+        batch.append(item)
+        filled += size(item)
+    if batch:
+        yield batch

@@ -59,9 +59,6 @@ class SharedParameters:
         #: Which parameters had a gradient when the processes last compared.
         self._gradient_patterns: Mapping[ProcessGrid, str] = {}
         self._stacks: list[list[StackedState]] = []
-        self._rounds: list[Round] = []
-        #: What the rounds were made of: by identity, since groups and tensors do not compare.
-        self._made_of: list[Any] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedParameters:
         """The same processes, which are not copied, and the same owners for the copies of the parameters."""
@@ -115,7 +112,7 @@ class SharedParameters:
 
     def step(self, groups: Sequence[Group], states: States) -> None:
         """Does one step. While a round is computed, the next gradients and the last updates are under way."""
-        elsewhere, alone = self._form(groups, states)
+        elsewhere, alone, rounds = self._form(groups, states)
         schedules = {id(group): Schedule(group) for group in groups}
         skipped: list[Tensor] = []
 
@@ -129,15 +126,15 @@ class SharedParameters:
 
         if elsewhere:
             torch._foreach_add_(elsewhere, 1)
-        if self._rounds:
-            self._rounds[0].send_gradients()
+        if rounds:
+            rounds[0].send_gradients()
         for group, stack in alone:
             grads = [local_grad(member.parameter) for member in stack.members]
             for run, update, finite in updates(stack, group, grads, gathered=False):
                 run.move(update, finite)
-        for number, this in enumerate(self._rounds):
-            if number + 1 < len(self._rounds):
-                self._rounds[number + 1].send_gradients()
+        for number, this in enumerate(rounds):
+            if number + 1 < len(rounds):
+                rounds[number + 1].send_gradients()
             whole = this.gradients()
             this.deliver(
                 [
@@ -152,21 +149,23 @@ class SharedParameters:
                 ]
             )
             if number >= 1:
-                self._rounds[number - 1].finish()
+                rounds[number - 1].finish()
             if number >= 2:
-                self._rounds[number - 2].settle()
-        for last in self._rounds[-1:]:
+                rounds[number - 2].settle()
+        for last in rounds[-1:]:
             last.finish()
-        for last in self._rounds[-2:]:
+        for last in rounds[-2:]:
             last.settle()
         count_skips(skipped)
 
-    def _form(self, groups: Sequence[Group], states: States) -> tuple[list[Tensor], list[tuple[Group, StackedState]]]:
-        """Forms stacks and rounds, again where they stand.
+    def _form(
+        self, groups: Sequence[Group], states: States
+    ) -> tuple[list[Tensor], list[tuple[Group, StackedState]], list[Round]]:
+        """Forms the stacks.
 
         Returns:
-            The ``step`` of each parameter with a gradient that another process works on; and the stacks that need no
-            round.
+            The ``step`` of each parameter with a gradient that another process works on; the stacks that need no
+            round; and the rounds.
         """
         former, self._stacks = self._stacks, []
         steps: list[Tensor] = []
@@ -199,17 +198,7 @@ class SharedParameters:
                     own[id(parameter)] = stack
                 else:
                     alone.append((group, stack))
-        made_of: list[Any] = [
-            (grid, owner, id(group), kind, [id(member.parameter) for member in members])
-            for grid, per_owner in jobs.items()
-            for owner, some in enumerate(per_owner)
-            for group, kind, members in some
-        ]
-        made_of += own.values()
-        if made_of != self._made_of:
-            self._rounds = [round_ for grid, per_owner in jobs.items() for round_ in rounds_of(grid, per_owner, own)]
-            self._made_of = made_of
-        return steps, alone
+        return steps, alone, [one for grid, per_owner in jobs.items() for one in rounds_of(grid, per_owner, own)]
 
     def _kind_and_held(self, parameter: Tensor, group: Group) -> tuple[Kind, Tensor]:
         """The kind of a parameter's stack, which also tells grid and owner; and what this process works on."""

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from emerging_optimizers.mixin import WeightDecayMixin
 from emerging_optimizers.soap.costs import step_flops
-from emerging_optimizers.soap.distributed.collectives import Spec, Transfer, all_to_all, broadcast
+from emerging_optimizers.soap.distributed.collectives import Spec, Transfer, all_to_all, batches, broadcast
 from emerging_optimizers.soap.distributed.grid import ProcessGrid, local_grad, local_tensor, shape_of, shards_of
-from emerging_optimizers.soap.stacks import MOST_ELEMENTS, Kind, Member, Run, StackedState, batches, move_weights
+from emerging_optimizers.soap.stacks import MOST_ELEMENTS, Kind, Member, Run, StackedState, move_weights
 from emerging_optimizers.soap.state import working_dtype
 
 Group = Mapping[str, Any]

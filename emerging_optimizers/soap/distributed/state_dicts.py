@@ -13,9 +13,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from emerging_optimizers.soap.distributed.collectives import Spec, all_to_all, spec_of
+from emerging_optimizers.soap.distributed.collectives import Spec, all_to_all, batches, spec_of
 from emerging_optimizers.soap.distributed.grid import Ownership, ProcessGrid, is_dtensor, shards_of
-from emerging_optimizers.soap.stacks import MOST_ELEMENTS, batches
+from emerging_optimizers.soap.stacks import MOST_ELEMENTS
 from emerging_optimizers.soap.state import HOST_KEYS, meta_state
 
 State = dict[str, Any]
