@@ -204,7 +204,7 @@ def test_a_mistake_is_one_line(
     (folder / "empty.pt").touch()
     content = bytearray((folder / "good.pt").read_bytes())
     (folder / "half.pt").write_bytes(content[: len(content) // 2])
-    content[len(content) // 2] ^= 1
+    content[content.index(b"param_groups")] ^= 1  # in the record of the pickle, whose checksum it breaks
     (folder / "damaged.pt").write_bytes(content)
     torch.save(model.state_dict(), "model.pt")
     torch.save(model, "whole.pt")
