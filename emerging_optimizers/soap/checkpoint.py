@@ -26,10 +26,6 @@ logger = logging.getLogger(__name__)
 #: Stands in a saved group for a ``precondition_frequency`` that was a callable.
 NOT_SAVED = "callable, not saved"
 
-#: State that did not always exist: it starts afresh where a saved state does not have it.
-LATER_KEYS = ("skipped_steps", "failed_refreshes")
-
-COUNTERS = tuple(dict.fromkeys([*HOST_KEYS, *LATER_KEYS]))
 LARGEST_COUNT = 2**53  # float64 counts no further
 
 
@@ -71,15 +67,10 @@ def load_exactly(
     the float32 factors of a bfloat16 parameter into bfloat16, and looks at no shape. Two temporary hooks, the last
     before and the first after, see the state dict that torch really loads, so that the user's own hooks keep working.
 
-    Args:
-        optimizer: The optimizer that is loaded.
-        load: Its inherited ``load_state_dict``.
-        state_dict: As returned by ``state_dict()``.
-        shared: Knows which part of a state this process keeps; None: all.
+    ``shared`` knows which part of a state this process keeps; None: all.
 
     Raises:
-        TypeError: Something in it has the wrong type.
-        ValueError: Groups, options, keys or shapes do not fit. The first misfit is named, and nothing has changed.
+        TypeError, ValueError: Something does not fit. The first misfit is named, and nothing has changed.
     """
     given: object = state_dict
     if not isinstance(given, dict) or not {"state", "param_groups"} <= set(given):
@@ -219,22 +210,17 @@ def _states_to_load(
 
 
 def _state_to_load(
-    parameter: Tensor,
-    options: dict[str, Any],
-    saved: dict[str, Any],
-    name: str,
-    shared: SharedParameters | None,
+    parameter: Tensor, options: dict[str, Any], saved: dict[str, Any], name: str, shared: SharedParameters | None
 ) -> dict[str, Tensor]:
-    """The state of one parameter."""
     wanted = meta_state(parameter, options)
     saved = dict(saved)
     if saved.pop("unrotated", 0) != 0:
         raise ValueError(
             f"the loaded state of {name} is of an earlier version, which kept the first moment outside of its basis "
-            "('unrotated' is not 0): start SOAP anew, or let one step of that version refresh nothing before it saves"
+            "('unrotated' is not 0): start SOAP anew"
         )
     unknown = [key for key in saved if key not in wanted]
-    missing = [key for key in wanted if key not in saved and key not in LATER_KEYS]
+    missing = [key for key in wanted if key not in saved and (key in HOST_KEYS or wanted[key].dim() > 0)]
     if unknown or missing:
         raise ValueError(
             f"the loaded state of {name} has the keys {sorted(map(str, saved))}, wanted {sorted(wanted)}: "
@@ -245,7 +231,7 @@ def _state_to_load(
     for key, template in wanted.items():
         device = torch.device("cpu") if key in HOST_KEYS else parameter.device
         value = saved.get(key)
-        if value is None and key in LATER_KEYS:
+        if value is None:  # a count of what went wrong, of which the state is from before it was counted
             value = torch.zeros(template.shape, dtype=template.dtype, device=device)
         if key in HOST_KEYS and isinstance(value, int | float) and not isinstance(value, bool):
             value = torch.tensor(float(min(value, 2 * LARGEST_COUNT)), dtype=torch.float64)  # no float holds 10**400
@@ -260,21 +246,18 @@ def _state_to_load(
                 f"the loaded state {key!r} of {name} must be a dense Tensor of numbers, got {value.layout} "
                 f"{value.dtype} on {value.device}"
             )
-        if hasattr(value, "device_mesh"):  # a DTensor, also where no parameter of this optimizer is shared
-            from emerging_optimizers.soap.distributed.state_dicts import require_whole
+        if shared is not None or hasattr(value, "device_mesh"):  # a DTensor may come where no parameter is shared
+            from emerging_optimizers.soap.distributed.state_dicts import held_part
 
-            require_whole(value, f"the loaded state {key!r} of {name}")
-        if key in COUNTERS:
+            ownership = None if shared is None else shared.loading.get(parameter)
+            value = held_part(value, f"the loaded state {key!r} of {name}", key, parameter, ownership)
+        value = value.detach()
+        if template.dim() == 0 and value.dim() == 0:  # not of a parameter that another process works on
             number = counts[key] = value.item()
             if not (0 <= number <= LARGEST_COUNT and number % 1 == 0):
                 raise ValueError(f"the loaded state {key!r} of {name} must be an integer >= 0, got {number}")
-        value = value.detach()
-        if shared is not None or hasattr(value, "device_mesh"):
-            from emerging_optimizers.soap.distributed.state_dicts import held_part
-
-            value = held_part(value, key, parameter, None if shared is None else shared.loading.get(parameter))
         state[key] = value.to(device, template.dtype, copy=True, memory_format=torch.contiguous_format)
-    if "refresh_step" in counts and counts["refresh_step"] > counts["step"]:
+    if counts.get("refresh_step", 0) > counts["step"]:
         raise ValueError(
             f"the loaded state 'refresh_step' of {name} must not be after 'step' ({counts['step']:g}), got "
             f"{counts['refresh_step']:g}"

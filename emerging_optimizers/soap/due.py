@@ -24,28 +24,17 @@ Due = Sequence[tuple[slice, tuple[int, ...]]]
 
 
 class Schedule:
-    """What is due in one step of a parameter group.
-
-    Args:
-        group: The parameter group.
-    """
+    """What is due in one step of a parameter group."""
 
     def __init__(self, group: Mapping[str, Any]) -> None:
         self._group = group
         self._places: dict[int, Sequence[Sequence[int]]] = {}
 
     def due(self, indices: Sequence[int], layout: Layout, step: int, based: bool) -> Due:
-        """What is refreshed of a stack.
+        """What is refreshed of a stack of parameters with these indices in the group, after so many steps.
 
-        Args:
-            indices: Of its parameters in the group.
-            layout: Their layout.
-            step: The steps that they have done.
-            based: Whether they have eigenbases; without, all are due after the warm-up, whatever the frequency says.
-
-        Raises:
-            TypeError, ValueError: The group's ``precondition_frequency`` is a callable and returned something
-                impossible.
+        Without eigenbases (``based``) all are due after the warm-up, whatever the frequency says. Raises a TypeError or
+        ValueError where ``precondition_frequency`` is a callable and returned something impossible.
         """
         group = self._group
         if not layout.axes or step < group["adam_warmup_steps"]:
@@ -92,11 +81,6 @@ def refresh_offsets(layouts: Sequence[Layout], period: int, workers: int = 1) ->
     Greedy: the most expensive refresh first, each to the step with the least work so far. Where several workers share
     the matrices, each one's are spread by themselves: workers then refresh like sizes in the same step, and none waits
     for another.
-
-    Args:
-        layouts: Of every parameter, in order.
-        period: The number of places.
-        workers: How many share them.
 
     Returns:
         Per parameter, the places of its preconditioned axes.

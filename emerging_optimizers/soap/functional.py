@@ -432,11 +432,9 @@ def _check_pairs(name: str, matrices: Sequence[Tensor], other_name: str, others:
     _check_square(name, matrices)
     if len(matrices) != len(others):
         raise ValueError(f"{name} must be as long as {other_name} ({len(others)}), got {len(matrices)}")
-    for k, (matrix, other) in enumerate(zip(matrices, others, strict=True)):
-        if matrix.shape != other.shape:
-            raise ValueError(
-                f"{name}[{k}] must have the shape of {other_name}[{k}], {tuple(other.shape)}, got {tuple(matrix.shape)}"
-            )
+    for k, (got, wanted) in enumerate(zip((m.shape for m in matrices), (o.shape for o in others), strict=True)):
+        if got != wanted:
+            raise ValueError(f"{name}[{k}] must have the shape of {other_name}[{k}], {tuple(wanted)}, got {tuple(got)}")
 
 
 def _check_number(name: str, value: object, low: float, high: float, wanted: str) -> None:

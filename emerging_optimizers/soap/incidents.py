@@ -38,14 +38,7 @@ _skips: dict[torch.device, _Skips] = {}
 
 
 def report(kind: str, message: str, *arguments: object, times: int = 1) -> None:
-    """Counts an incident, and logs a warning if it is the first of its kind.
-
-    Args:
-        kind: What it counts under.
-        message: What to log, with ``%``-style places for the arguments.
-        *arguments: What goes there.
-        times: How often it has happened.
-    """
+    """Counts an incident, and logs a warning, with ``%``-style places for arguments, if it is the first of its kind."""
     with _lock:
         first = incidents[kind] == 0
         incidents[kind] += times
@@ -54,13 +47,7 @@ def report(kind: str, message: str, *arguments: object, times: int = 1) -> None:
 
 
 def report_skipped_gradient(name: str, grad: Tensor, piece: bool = False) -> None:
-    """Reports that the tensor called ``name`` was not stepped because of this gradient. Waits for its device.
-
-    Args:
-        name: What to call the tensor.
-        grad: The gradient.
-        piece: Whether other processes have more of it.
-    """
+    """Reports that the tensor called ``name`` was not stepped because of this gradient, or ``piece`` of one."""
     if bool(grad.isnan().any()):
         kind, reason = "gradient with NaN", "has NaN"
     elif bool(grad.isinf().any()):

@@ -73,11 +73,6 @@ def sorted_eigenvectors(factors: Tensor, last_good: Tensor, shift: float | None 
     A factor is divided by its largest diagonal entry first. An absolute shift of 1e-7 would erase the float32 digits of
     every factor much smaller than one, which is what gradients of 1e-4 make.
 
-    Args:
-        factors: ``K``, (B, d, d), symmetric.
-        last_good: Bases (B, d, d) to keep where no decomposition succeeds.
-        shift: Relative diagonal shift; default :data:`EIGH_SHIFT`.
-
     Returns:
         ``Q``, (B, d, d), for a diagonal factor exactly the permutation that sorts the diagonal; and whether the
         decomposition failed and ``last_good`` was kept, (B,).

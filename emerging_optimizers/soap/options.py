@@ -114,10 +114,7 @@ def check_params(params: object) -> None:
 
 
 def validate_options(options: Mapping[str, Any]) -> None:
-    """Checks every option of one parameter group.
-
-    Args:
-        options: A complete group; keys that are not SOAP's are not looked at.
+    """Checks every option of one parameter group; keys that are not SOAP's are not looked at.
 
     Raises:
         TypeError: An option has the wrong type.
@@ -169,10 +166,6 @@ def warn_of_misspelt_options(group: Mapping[str, Any], options: Mapping[str, Any
     """Logs a warning for each entry of a parameter group that is no option but is spelt much like one.
 
     Entries of any other name are the user's own, or a learning-rate scheduler's, as with torch's optimizers.
-
-    Args:
-        group: The group as given.
-        options: The options that there are.
     """
     for key in group:
         if key not in options and (close := get_close_matches(str(key), options, n=1, cutoff=0.8)):

@@ -65,11 +65,9 @@ class fp32_matmul_precision:  # noqa: N801 - used as a function, like contextlib
 
 @contextmanager
 def without_autocast(*device_types: str) -> Iterator[None]:
-    """Runs what is enclosed as if no ``torch.autocast`` were around it. A decorator too: ``@without_autocast()``.
+    """Runs what is enclosed as if no ``torch.autocast`` were around it, on the CPU and the accelerator by default.
 
-    Args:
-        device_types: Of the tensors that are worked on, as "cpu"; default: the CPU and, if there is one, the
-            accelerator.
+    A decorator too: ``@without_autocast()``.
     """
     if not device_types:
         accelerator = torch.accelerator.current_accelerator()

@@ -32,10 +32,10 @@ def refresh(s: Stack, axes: Sequence[int], o: Mapping[str, Any], finite: Tensor 
     natural and trains worse than either.
 
     Args:
-        s: The stack, changed in place where ``finite`` is true.
-        axes: Which bases. The first time they are those of all axes that have a factor.
+        s: The stack, changed in place where ``finite``, (B,), is true.
+        axes: Which bases; the first time those of all axes that have a factor.
         o: The options of the parameter group.
-        finite: (B,); None: all.
+        finite: None: all.
     """
     old: list[Tensor | None] = [None] * len(s.Q)
     new, V = list(old), s.V
@@ -90,8 +90,8 @@ def new_bases(K: Tensor, Q: Tensor, based: bool, o: Mapping[str, Any]) -> tuple[
 
     Args:
         K: The factors, (B, d, d).
-        Q: The present bases, (B, d, d).
-        based: Whether these are eigenbases; if not, new ones are made by ``eigh``.
+        Q: The present bases, likewise; eigenbases only if ``based``.
+        based: Whether this is not the first time.
         o: The options.
 
     Returns:
@@ -171,11 +171,7 @@ def raise_to_floor(V: Tensor, M: Tensor, updates: int, betas: tuple[float, float
     hold a large ``M`` over a ``V`` that is still zero, and the next step is ``M / eps``. With the published defaults
     that happens to tensors whose factors have low rank, in their first steps.
 
-    Args:
-        V: The second moment.
-        M: The first moment, of the same shape.
-        updates: ``i >= 0``, how many updates they have seen.
-        betas: ``(b1, b2)``.
+    ``updates``, ``i >= 0``, is how many updates the moments have seen.
 
     Example:
         >>> raise_to_floor(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]), 1, (0.9, 0.95))

@@ -105,17 +105,14 @@ class SOAP(WeightDecayMixin, Optimizer):
             "propagate" computes on.
         stagger_updates: Spread the refreshes over the period, so that all steps take about as long. Every axis of every
             tensor is still refreshed each ``precondition_frequency`` steps; in which of them follows from the parameter
-            list and the number of processes that share it, which the group keeps under "stagger_processes". Without
-            it all are refreshed in the same step.
-        pack_factors: Keep each symmetric Kronecker factor as one triangle, and expand it while it is worked on. Halves
-            the factors' memory; results differ by the rounding by which a factor's two triangles differ. Costs a copy
-            of the factor out and in again per step. Cannot change after the first step.
+            list and the number of processes that share it, which the group keeps under "stagger_processes".
+        pack_factors: Keep each symmetric Kronecker factor as one triangle, and expand it while it is worked on: half of
+            the factors' memory for a copy out and in again per step. Cannot change after the first step.
         state_dtype: In which the first moment and the eigenbases are kept: ``torch.bfloat16`` halves their memory,
             None is the working dtype, and ``torch.float32`` is for float64 parameters. The arithmetic stays in the
-            working dtype, for which a copy is made at each step, and what is kept is rounded once when it is stored.
-            A bfloat16 first moment stands still where a step would change it by less than 0.2 to 0.4%, so ``betas[0]``
-            must stay well below 0.996. The adaptive criterion sees the rounding of a basis, about 1e-3, which is what
-            its tolerance should then be at least.
+            working dtype; what is kept is rounded once per step. A bfloat16 first moment stands still where a step
+            would change it by less than 0.4%, so ``betas[0]`` must stay well below 0.996; the tolerance of the adaptive
+            criterion should be at least the rounding of a basis, 1e-3.
         process_group: The processes that hold every plain tensor among the parameters, with the same gradients, as DDP
             leaves them: a process group or a mesh of one dimension. Each matrix is then worked on, and its state kept,
             by one of them, which sends the others its new weights. DTensors (FSDP2, HSDP, tensor parallelism) bring
@@ -202,12 +199,7 @@ class SOAP(WeightDecayMixin, Optimizer):
         self._constructed = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group, with this optimizer's defaults for the options that it does not set.
-
-        Raises:
-            TypeError: An option or a parameter has the wrong type.
-            ValueError: An option has an impossible value, or a parameter is in a group already.
-        """
+        """Adds a parameter group, with this optimizer's defaults for the options that it does not set."""
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
             validate_options({**self.defaults, **param_group})
             warn_of_misspelt_options(param_group, self.defaults)
@@ -250,12 +242,8 @@ class SOAP(WeightDecayMixin, Optimizer):
         entries, or from before an option existed, is accepted; the optimizer's own ``pack_factors`` and
         ``state_dtype`` are then applied to it.
 
-        Args:
-            state_dict: As returned by :meth:`state_dict`.
-
         Raises:
-            TypeError: Something in it has the wrong type.
-            ValueError: Groups, options, keys or shapes do not fit. Nothing has changed then.
+            TypeError, ValueError: Types, groups, options, keys or shapes do not fit. Nothing has changed then.
         """
         load_exactly(self, super().load_state_dict, state_dict, self._shared)
         self._stacks = []  # or the old state would live on beside the new one until the next step
@@ -268,13 +256,7 @@ class SOAP(WeightDecayMixin, Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Does one optimization step.
-
-        Args:
-            closure: Evaluates the model and returns the loss; called once, with gradients enabled.
-
-        Returns:
-            What the closure returned.
+        """Does one optimization step, and returns what the closure returned, which is called once.
 
         Raises:
             RuntimeError: A gradient is sparse or complex, or, with ``nonfinite="raise"``, not finite; or options that

@@ -32,16 +32,7 @@ MOST_ELEMENTS = 2**22
 
 
 class Kind(NamedTuple):
-    """What the members of a stack have in common.
-
-    Attributes:
-        shape: Their shape.
-        layout: The shape they are worked on in, and its preconditioned axes.
-        dtype: The dtype of arithmetic.
-        device: Where their state is.
-        pack_factors, state_dtype: The options.
-        apart: Whatever else must be equal.
-    """
+    """What the members of a stack have in common; ``apart`` is whatever else must agree."""
 
     shape: tuple[int, ...]
     layout: Layout
@@ -111,13 +102,7 @@ class StackedState:
         return True
 
     def runs(self, grads: Sequence[Tensor | None], group: Mapping[str, Any], schedule: Schedule) -> Iterator[Run]:
-        """The members that have a gradient, cut where two neighbours differ in their steps or in having a basis.
-
-        Args:
-            grads: The members' gradients, shaped like what is held of them.
-            group: Their parameter group.
-            schedule: What is due in it.
-        """
+        """The members that have a gradient, cut where two neighbours differ in their steps or in having a basis."""
         steps = self.kept["step"].tolist()
         refreshed = self.kept["refresh_step"].tolist() if self.kind.layout.axes else steps
         start = 0
@@ -169,16 +154,7 @@ class StackedState:
 
 
 class Run(NamedTuple):
-    """Neighbours in a stack that do the same in a step.
-
-    Attributes:
-        stacked: The stack.
-        rows: Which of its members.
-        step: The steps that they have done.
-        based: Whether they have an eigenbasis.
-        due: What is refreshed.
-        group: Their parameter group.
-    """
+    """Neighbours in a stack, its ``rows``, that have done as many steps, have bases or not, and have a gradient."""
 
     stacked: StackedState
     rows: slice
@@ -264,13 +240,10 @@ def is_usable(norms: Tensor, state_dtype: torch.dtype | None) -> Tensor:
 
 
 def move_weights(weights: list[Tensor], update: Tensor, moves: Tensor | None, group: Mapping[str, Any]) -> None:
-    """``W <- W - lr U`` after the decay of ``W``, in place; 16-bit weights are rounded once.
+    """``W <- W - lr U`` after the decay of ``W``, in place, for B weights of one shape; 16-bit ones are rounded once.
 
-    Args:
-        weights: ``W``, B of one shape.
-        update: ``U``, (B, ..), in the working dtype; zero where a weight is to stay.
-        moves: (B,), in the working dtype: 1, or 0 where a weight is to stay; None: all move.
-        group: The parameter group.
+    ``U``, (B, ..), is in the working dtype, and so is ``moves``, (B,): 1, or 0 where a weight is to stay and its ``U``
+    is zero; None: all move.
     """
     working = [weight.to(update.dtype) for weight in weights]
     WeightDecayMixin.decay_weights_(working, group, moves)
@@ -328,14 +301,10 @@ def form_stacks(
     states: dict[Tensor, dict[str, Any]],
     former: list[StackedState],
 ) -> list[StackedState]:
-    """The stacks of a group.
+    """The stacks of a group with these kinds and members; a member without a state gets one.
 
-    Args:
-        group: The parameter group.
-        found: Kind and members of each.
-        states: The optimizer's state; gets an entry for each member that has none yet.
-        former: The stacks so far; those that still stand are used again, so that their state stays where it is. Is
-            emptied, so that a stack that does not stand is freed as its members move out.
+    Of the ``former`` stacks those that still stand are used again, so that their state stays where it is. The list is
+    emptied, so that a stack that does not stand is freed as its members move out.
     """
     standing = {(stack.kind, *(id(member.parameter) for member in stack.members)): stack for stack in former}
     kept = [standing.pop((kind, *(id(member.parameter) for member in members)), None) for kind, members in found]

@@ -65,15 +65,8 @@ class Layout(NamedTuple):
 def layout_of(shape: tuple[int, ...], max_precond_dim: int, precondition_1d: bool, merge_dims: bool) -> Layout:
     """Decides the working shape and the preconditioned axes of a parameter.
 
-    Args:
-        shape: The parameter's shape.
-        max_precond_dim: An axis longer than this has no factor.
-        precondition_1d: Whether a tensor of one axis is preconditioned.
-        merge_dims: Whether adjacent axes are folded (:func:`merge_axes`).
-
-    Returns:
-        The layout. ``axes`` is empty for a 0-D or empty tensor, for a 1-D one unless ``precondition_1d``, and
-        where every axis is longer than ``max_precond_dim``.
+    There are none for a 0-D or empty tensor, for a 1-D one unless ``precondition_1d``, and where every axis is longer
+    than ``max_precond_dim``.
 
     Example:
         >>> layout_of((64, 32, 3, 3), 10000, False, True)
@@ -100,13 +93,6 @@ def merge_axes(shape: Sequence[int], max_precond_dim: int) -> tuple[int, ...]:
     Folding starts at the last axis, so a convolution (out, in, kh, kw) becomes (out, in * kh * kw): the matrix by
     which it multiplies its patches. Folding from the first axis would mix output with input channels, and folding
     to a single axis would turn a small convolution into a vector, which is not preconditioned at all.
-
-    Args:
-        shape: The parameter's shape.
-        max_precond_dim: The largest product of folded axes.
-
-    Returns:
-        The folded shape; ``shape`` itself where there are fewer than three axes.
 
     Example:
         >>> merge_axes((16, 8, 3, 3), 10000)
@@ -157,14 +143,10 @@ def new_state(held: Tensor, layout: Layout, pack_factors: bool, state_dtype: tor
         state["refresh_step"] = torch.zeros((), **on_host)
         state["failed_refreshes"] = torch.zeros((), **counter)
     for axis in layout.axes:
-        state[f"GG_{axis}"] = torch.zeros(factor_shape(layout.shape[axis], pack_factors), **like)
-        state[f"Q_{axis}"] = torch.eye(layout.shape[axis], **kept)
+        size = layout.shape[axis]
+        state[f"GG_{axis}"] = torch.zeros(packed_size(size) if pack_factors else (size, size), **like)
+        state[f"Q_{axis}"] = torch.eye(size, **kept)
     return state
-
-
-def factor_shape(size: int, pack_factors: bool) -> tuple[int, ...]:
-    """The shape of a factor of an axis of this size, as it is kept."""
-    return (packed_size(size),) if pack_factors else (size, size)
 
 
 def meta_state(parameter: Tensor, options: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -193,15 +175,7 @@ def packed_size(size: int) -> int:
 
 
 def pack(matrices: Tensor, out: Tensor | None = None) -> Tensor:
-    """The lower triangles of a stack of symmetric matrices.
-
-    Args:
-        matrices: (B, d, d). What is above the diagonal is not looked at.
-        out: Where to write them, (B, d (d + 1) / 2), contiguous; None: a new tensor.
-
-    Returns:
-        (B, d (d + 1) / 2), in the dtype of ``matrices`` or of ``out``.
-    """
+    """The lower triangles of symmetric matrices (B, d, d), as (B, d (d + 1) / 2), contiguous, in ``out`` if given."""
     count, size = matrices.shape[:2]
     packed = matrices.new_empty(count, packed_size(size)) if out is None else out
     half, rest, offset = (size + 1) // 2, size // 2, 1 - size % 2
@@ -213,15 +187,7 @@ def pack(matrices: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def unpack(packed: Tensor, size: int) -> Tensor:
-    """The symmetric matrices whose lower triangles :func:`pack` kept.
-
-    Args:
-        packed: (B, d (d + 1) / 2), contiguous.
-        size: d.
-
-    Returns:
-        (B, d, d), exactly symmetric, a new tensor.
-    """
+    """The matrices (B, d, d), exactly symmetric, whose lower triangles :func:`pack` kept; a new tensor."""
     count = packed.shape[0]
     half, rest, offset = (size + 1) // 2, size // 2, 1 - size % 2
     rectangle = packed.view(count, size + offset, half)

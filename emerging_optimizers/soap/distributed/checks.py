@@ -17,11 +17,7 @@ from emerging_optimizers.soap.state import working_dtype
 
 
 def check_parameters(groups: Sequence[Mapping[str, Any]], grids: ProcessGrids) -> None:
-    """Raises unless all processes of each grid have the same parameters with the same options.
-
-    Raises:
-        RuntimeError: They differ. The first difference is named, on every process.
-    """
+    """Raises a RuntimeError, on every process, unless those of each grid have the same parameters and options."""
     parameters: dict[ProcessGrid, list[str]] = {}
     options: dict[ProcessGrid, list[str]] = {}
     for number, group in enumerate(groups):
@@ -57,15 +53,9 @@ def _plain(value: Any) -> str:
 def check_gradients_agree(
     groups: Sequence[Mapping[str, Any]], owned: Mapping[Tensor, Ownership], last: Mapping[ProcessGrid, str]
 ) -> Mapping[ProcessGrid, str]:
-    """Raises unless the processes of each grid have gradients for the same parameters.
+    """Raises a RuntimeError, on every process, unless those of each grid have gradients for the same parameters.
 
-    Args:
-        groups: The parameter groups.
-        owned: The ownership of every parameter that several processes hold.
-        last: What this returned at the last step: nobody is asked while nothing changes here.
-
-    Raises:
-        RuntimeError: They differ. The first difference is named, on every process.
+    ``last`` is what this returned at the last step: nobody is asked while nothing changes here.
     """
     if not owned:
         return last
@@ -89,10 +79,9 @@ def check_gradients_agree(
 
 
 def require_same(grid: ProcessGrid, what: str, lines: Sequence[str]) -> None:
-    """Raises, on every process of a grid, unless all have the same lines. Their digests travel; lines if those differ.
+    """Raises a RuntimeError that names the first difference, on every process of a grid, unless lines are the same.
 
-    Raises:
-        RuntimeError: They differ.
+    Digests travel; lines only if those differ.
     """
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     digests: list[Any] = [None] * grid.size

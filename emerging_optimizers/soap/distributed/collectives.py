@@ -43,15 +43,9 @@ def spec_of(tensor: Tensor) -> Spec:
 
 
 class Transfer:
-    """Tensors under way.
+    """Tensors under way, to be read after :meth:`wait`, until which ``kept`` must live."""
 
-    Args:
-        work: What to wait for; None if it has arrived.
-        received: The tensors, to be read after :meth:`wait`.
-        kept: Whatever must live until then.
-    """
-
-    def __init__(self, work: dist.Work | None, received: list[list[Tensor]], kept: object = None) -> None:
+    def __init__(self, work: dist.Work | None, received: list[list[Tensor]], kept: object) -> None:
         self._work, self._received, self._kept = work, received, kept
 
     def wait(self) -> list[list[Tensor]]:
@@ -72,14 +66,7 @@ def all_to_all(
     incoming: Sequence[Sequence[Spec]],
     device: torch.device,
 ) -> Transfer:
-    """Sends to every process of a group what is for it, and receives what the others have for this one.
-
-    Args:
-        group: The group.
-        outgoing: Per process, in the group's order, the tensors for it.
-        incoming: Per process the specs of what it sends.
-        device: Where the buffers are.
-    """
+    """Sends to every process of a group, in its order, the tensors for it, and receives what they have for this one."""
     out_specs = [[spec_of(tensor) for tensor in tensors] for tensors in outgoing]
     out_sizes = [sum(spec.bytes for spec in specs) for specs in out_specs]
     in_sizes = [sum(spec.bytes for spec in specs) for specs in incoming]
@@ -95,15 +82,9 @@ def all_to_all(
 
 
 def broadcast(group: dist.ProcessGroup, source: int, tensors: Sequence[Tensor]) -> Transfer:
-    """Sends tensors from one process to all others of a group.
+    """Sends tensors from the process with global rank ``source`` to all others of a group.
 
-    Args:
-        group: The group.
-        source: The sender's global rank.
-        tensors: At the sender what is sent; at the others tensors of the same shapes and dtypes, left as they are.
-
-    Returns:
-        At the others what has arrived; at the sender nothing.
+    The others give tensors of the same shapes and dtypes, which are left as they are. The sender receives nothing.
     """
     specs = [spec_of(tensor) for tensor in tensors]
     buffer = torch.empty(sum(spec.bytes for spec in specs), dtype=torch.uint8, device=tensors[0].device)

@@ -43,14 +43,12 @@ class SharedParameters:
 
     Args:
         process_group: The processes that hold every plain tensor; see ``SOAP``.
-
-    Attributes:
-        loading: Who works on each parameter, by the options that are being loaded.
     """
 
     def __init__(self, process_group: object) -> None:
         self._grids = ProcessGrids(process_group)
         self._owned: Mapping[Tensor, Ownership] = {}
+        #: Who works on each parameter, by the options that are being loaded.
         self.loading: Mapping[Tensor, Ownership] = {}
         self._forget()
 
@@ -161,12 +159,7 @@ class SharedParameters:
     def _form(
         self, groups: Sequence[Group], states: States
     ) -> tuple[list[Tensor], list[tuple[Group, StackedState]], list[Round]]:
-        """Forms the stacks.
-
-        Returns:
-            The ``step`` of each parameter with a gradient that another process works on; the stacks that need no
-            round; and the rounds.
-        """
+        """The ``step`` of each parameter with a gradient elsewhere; the stacks that need no round; and the rounds."""
         former, self._stacks = self._stacks, []
         steps: list[Tensor] = []
         alone: list[tuple[Group, StackedState]] = []

@@ -84,10 +84,8 @@ class ProcessGrid:
 class Ownership(NamedTuple):
     """Who works on a parameter that several processes hold.
 
-    Attributes:
-        grid: The processes that hold it.
-        owner: Which of them computes its updates and keeps its state, its rank in ``grid.group``; None where each does
-            so for its shard, as for tensors that get AdamW.
+    The owner, by its rank in ``grid.group``, computes its updates and keeps its state; None: each does so for its
+    shard, as for tensors that get AdamW.
     """
 
     grid: ProcessGrid
@@ -128,11 +126,8 @@ class ProcessGrids:
     """The grids of an optimizer's parameters, each made once.
 
     Args:
-        process_group: The processes that hold every plain tensor: a group, a mesh of one dimension, or None.
-
-    Raises:
-        TypeError: It is something else.
-        ValueError: It is a mesh of several dimensions, or this process is not in it.
+        process_group: The processes that hold every plain tensor: a group that this process is in, a mesh of one
+            dimension, or None.
     """
 
     def __init__(self, process_group: object) -> None:
@@ -160,11 +155,7 @@ class ProcessGrids:
         raise TypeError("a SOAP optimizer with a process_group cannot be pickled; save its state_dict()")
 
     def of(self, parameter: Tensor) -> ProcessGrid | None:
-        """The grid of a parameter; None where this process alone has it, or each works on its own.
-
-        Raises:
-            ValueError: It is a DTensor that is partial, or on a mesh without this process.
-        """
+        """The grid of a parameter; None where this process alone has it, or each works on its own."""
         if not is_dtensor(parameter):
             return self._replicated
         mesh: DeviceMesh = parameter.device_mesh  # type: ignore[attr-defined]
@@ -222,13 +213,11 @@ def shards_of(parameter: Tensor, grid: ProcessGrid) -> list[Shard]:
 
 @lru_cache(maxsize=1024)
 def _shards(shape: tuple[int, ...], cuts: tuple[tuple[int, int, int], ...]) -> list[Shard]:
-    """Cuts a tensor along one mesh dimension after the other.
+    """Cuts a tensor of this shape along one mesh dimension after the other.
 
-    Args:
-        shape: Its shape.
-        cuts: For each sharded mesh dimension the number of parts, the tensor's axis, and the split factor: the number
-            of parts that the axis is in already when this dimension cuts it, which is how FSDP2 over tensor
-            parallelism writes that it cuts last, though its dimension comes first.
+    Of each sharded dimension are given the number of parts, the tensor's axis, and the split factor: the number of
+    parts that the axis is in already when this dimension cuts it, which is how FSDP2 over tensor parallelism writes
+    that it cuts last, though its dimension comes first.
     """
     in_turn = sorted(range(len(cuts)), key=lambda cut: cuts[cut][2])
     found = []
@@ -256,14 +245,9 @@ def shape_of(shard: Shard) -> tuple[int, ...]:
 def assign_owners(
     groups: Iterable[Mapping[str, Any]], grids: ProcessGrids, known: Mapping[Tensor, Ownership]
 ) -> dict[Tensor, Ownership]:
-    """Who works on every parameter that several processes hold, by their mean costs.
+    """Who works on every parameter that several processes hold, by their mean costs; those that are known stay.
 
     Every process comes to the same answer from the parameter list and the options, without asking the others.
-
-    Args:
-        groups: The parameter groups.
-        grids: The grids of their parameters.
-        known: Those that have an owner already, and keep it.
     """
     owned: dict[Tensor, Ownership] = {}
     jobs: dict[ProcessGrid, list[tuple[Tensor, float]]] = {}

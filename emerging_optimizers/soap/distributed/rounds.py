@@ -28,13 +28,7 @@ Job = tuple[Group, Kind, list[Member]]
 
 
 class OwnedParameter:
-    """A parameter that one process of a grid works on for all.
-
-    Args:
-        group: Its parameter group.
-        parameter: The parameter.
-        grid: The processes.
-    """
+    """A parameter that one process of a grid works on for all."""
 
     def __init__(self, group: Group, parameter: Tensor, grid: ProcessGrid) -> None:
         self.group, self.parameter = group, parameter
@@ -58,7 +52,7 @@ class Round:
 
     Args:
         grid: The processes.
-        owned: Per process, by its rank in ``grid.group``, the parameters that it works on in this round.
+        owned: The parameters that each of them works on in this round.
         stacks: Those of this process, with their groups.
     """
 
@@ -180,10 +174,7 @@ class Round:
 def rounds_of(grid: ProcessGrid, jobs: Sequence[Sequence[Job]], stacks: Mapping[int, StackedState]) -> Iterator[Round]:
     """The rounds of a grid: each process has about as much in one as fits into a stack.
 
-    Args:
-        grid: The grid.
-        jobs: Per process its stacks, whether or not they are here.
-        stacks: This process's, by the identity of their first parameter.
+    ``jobs`` are the stacks of each process; ``stacks`` has this one's, by the identity of their first parameter.
     """
     in_turn = [list(_batches(of_process)) for of_process in jobs]
     for per_process in zip_longest(*in_turn, fillvalue=()):

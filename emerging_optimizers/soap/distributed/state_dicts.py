@@ -24,16 +24,7 @@ State = dict[str, Any]
 def share_states(
     groups: Sequence[Mapping[str, Any]], states: Mapping[Tensor, State], owned: Mapping[Tensor, Ownership]
 ) -> dict[Tensor, State]:
-    """What a state dict has for each parameter: copies. A collective: every process must call it.
-
-    Args:
-        groups: The parameter groups.
-        states: The optimizer's state.
-        owned: The ownership of every parameter that several processes hold.
-
-    Returns:
-        Per parameter with a state, the same keys on all processes.
-    """
+    """What a state dict has per parameter with a state: copies, the same keys on all processes. A collective."""
     shared: dict[Tensor, State] = {}
     entries: dict[ProcessGrid, list[tuple[Tensor, int, State]]] = {}
     for group in groups:
@@ -116,51 +107,40 @@ def _share(tensor: Tensor, grid: ProcessGrid, process: int) -> Tensor:
     return tensor[process * rows : (process + 1) * rows]
 
 
-def require_whole(value: Any, name: str) -> None:
-    """Raises unless a loaded DTensor can be made whole: unless it is replicated, or its share is this process's own.
-
-    A file that one process wrote has that process's shares and says so in the mesh's coordinates. Loaded by another
-    they would pass for its own, and the tensors be put together from one share many times over.
-
-    Raises:
-        ValueError: It cannot.
-    """
-    if all(placement.is_replicate() for placement in value.placements):
-        return
-    coordinate = value.device_mesh.get_coordinate()
-    if dist.is_initialized() and (
-        coordinate is None or int(value.device_mesh.mesh[tuple(coordinate)]) == dist.get_rank()
-    ):
-        return
-    raise ValueError(
-        f"{name} has the share of another process alone: the file was written by one process, from a state_dict() of "
-        "which each has a share. Save with torch.distributed.checkpoint, or without process_group"
-    )
-
-
-def held_part(value: Tensor, key: str, parameter: Tensor, ownership: Ownership | None) -> Tensor:
+def held_part(value: Any, name: str, key: str, parameter: Tensor, ownership: Ownership | None) -> Tensor:
     """What this process keeps of a tensor of a loaded state: all, its shard, or nothing. May be a collective.
 
     Args:
         value: The tensor, whole: a plain one, or a DTensor in any placement.
+        name: What an error calls it.
         key: Its key.
         parameter: The parameter.
         ownership: Who works on the parameter; None: this process alone has it.
+
+    Raises:
+        ValueError: A file that one process wrote has that process's shares and says so in the mesh's coordinates.
+            Loaded by another they would pass for its own, and the tensor be put together from one share many times.
     """
     of_shard = (
         ownership is not None and ownership.owner is None and ownership.grid.shards > 1 and key.startswith("exp_avg")
     )
+    whole: Tensor = value
     if is_dtensor(value):
-        given: Any = value
-        if of_shard and given.device_mesh == parameter.device_mesh and given.placements == parameter.placements:  # type: ignore[attr-defined]
-            part: Tensor = given.to_local()
-            return part
-        given = given.to(given.device_mesh.device_type)  # where its mesh can communicate
-        value = given.full_tensor()
+        mesh, placements = value.device_mesh, value.placements
+        coordinate = mesh.get_coordinate()
+        own = dist.is_initialized() and (coordinate is None or int(mesh.mesh[tuple(coordinate)]) == dist.get_rank())
+        if not own and not all(placement.is_replicate() for placement in placements):
+            raise ValueError(
+                f"{name} has the share of another process alone: the file was written by one process, from a "
+                "state_dict() of which each has a share. Save with torch.distributed.checkpoint, or without "
+                "process_group"
+            )
+        if of_shard and (mesh, placements) == (parameter.device_mesh, parameter.placements):  # type: ignore[attr-defined]
+            shard: Tensor = value.to_local()
+            return shard
+        whole = value.to(mesh.device_type).full_tensor()  # where its mesh can communicate
     if ownership is None:
-        return value
+        return whole
     if of_shard:
-        return value[shards_of(parameter, ownership.grid)[ownership.grid.shard]]
-    if not ownership.is_local and key != "step":
-        return value.new_zeros(0)
-    return value
+        return whole[shards_of(parameter, ownership.grid)[ownership.grid.shard]]
+    return whole if ownership.is_local or key == "step" else whole.new_zeros(0)
