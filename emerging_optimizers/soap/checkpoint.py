@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 #: Stands in a saved group for a ``precondition_frequency`` that was a callable.
 NOT_SAVED = "callable, not saved"
 
+COUNTERS = ("step", "refresh_step", "skipped_steps", "failed_refreshes")
 LARGEST_COUNT = 2**53  # float64 counts no further
 
 
@@ -220,7 +221,7 @@ def _state_to_load(
             "('unrotated' is not 0): start SOAP anew"
         )
     unknown = [key for key in saved if key not in wanted]
-    missing = [key for key in wanted if key not in saved and (key in HOST_KEYS or wanted[key].dim() > 0)]
+    missing = [key for key in wanted if key not in saved and (key in HOST_KEYS or key not in COUNTERS)]
     if unknown or missing:
         raise ValueError(
             f"the loaded state of {name} has the keys {sorted(map(str, saved))}, wanted {sorted(wanted)}: "
@@ -252,7 +253,7 @@ def _state_to_load(
             ownership = None if shared is None else shared.loading.get(parameter)
             value = held_part(value, f"the loaded state {key!r} of {name}", key, parameter, ownership)
         value = value.detach()
-        if template.dim() == 0 and value.dim() == 0:  # not of a parameter that another process works on
+        if key in COUNTERS and value.dim() == 0:  # not of a parameter that another process works on
             number = counts[key] = value.item()
             if not (0 <= number <= LARGEST_COUNT and number % 1 == 0):
                 raise ValueError(f"the loaded state {key!r} of {name} must be an integer >= 0, got {number}")

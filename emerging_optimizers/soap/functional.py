@@ -9,7 +9,7 @@ tensors is a TypeError; a shape, length or number that does not fit is a ValueEr
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def precondition(
     _check_matches("eigenbasis_list", eigenbasis_list, grad.shape, "grad")
     dtype = working_dtype(grad, *eigenbasis_list)
     contract = project_back if dims == PROJECT_BACK else project
-    return contract(_stack(grad, dtype), _stack_list(eigenbasis_list, dtype)).squeeze(0)
+    return contract(_stack(grad, dtype), _stacks(eigenbasis_list, dtype)).squeeze(0)
 
 
 def init_kronecker_factors(grad: Tensor, precondition_1d: bool = False) -> list[Tensor]:
@@ -113,8 +113,8 @@ def update_kronecker_factors(
     if grad.dim() == 1 and not precondition_1d:
         return
     dtype = working_dtype(grad, *kronecker_factor_list)
-    working = _stack_list(kronecker_factor_list, dtype)
-    add_grams(working, [_stack(grad, dtype)] * grad.dim(), shampoo_beta)
+    working = _stacks(kronecker_factor_list, dtype)
+    add_grams(working, _stack(grad, dtype), shampoo_beta)
     _write_back(kronecker_factor_list, working)
 
 
@@ -157,8 +157,8 @@ def update_kronecker_factors_kl_shampoo(
     _check_number("eps", eps, sys.float_info.min, sys.float_info.max, "finite and greater than 0")
     _check_number("eigval_exp", eigval_exp, -sys.float_info.max, sys.float_info.max, "finite")
     dtype = working_dtype(grad, *kronecker_factor_list)
-    working = _stack_list(kronecker_factor_list, dtype)
-    bases = _stack_list(eigenbasis_list, dtype)
+    working = _stacks(kronecker_factor_list, dtype)
+    bases = _stacks(eigenbasis_list, dtype)
     add_whitened_grams(working, bases, _stack(grad, dtype), shampoo_beta, eps, eigval_exp)
     _write_back(kronecker_factor_list, working)
 
@@ -215,22 +215,19 @@ def update_eigenbasis_and_momentum(
         _check_matches("eigenbasis_list", eigenbasis_list, exp_avg_sq.shape, "exp_avg_sq")
     options = _refresh_options(use_eigh, use_adaptive_criteria, adaptive_update_tolerance, power_iter_steps)
     dtype = working_dtype(exp_avg_sq, momentum, *kronecker_factor_list)
-    K = _stack_list(kronecker_factor_list, dtype)
-    Q = [
-        None if factor is None else _stack(_basis(factor[0], eigenbasis_list, axis), dtype).clone()
-        for axis, factor in enumerate(K)
-    ]
+    K = _stacks(kronecker_factor_list, dtype)
+    Q = {axis: _stack(_basis(factor[0], eigenbasis_list, axis), dtype).clone() for axis, factor in K.items()}
     M, V, counter = _stack(momentum, dtype), _stack(exp_avg_sq, dtype), torch.zeros(1, device=momentum.device)
     stack = Stack(
         1, eigenbasis_list is not None, M, V, K, Q, refresh_step=counter, failed=counter
     )  # no floor at step 1
-    if any(factor is not None for factor in K):
-        refresh(stack, [axis for axis, factor in enumerate(K) if factor is not None], options)
+    if K:
+        refresh(stack, list(K), options)
     momentum.copy_(M.squeeze(0))
     exp_avg_sq.copy_(V.squeeze(0))
     bases = [
-        factor.clone() if basis is None else basis.squeeze(0).to(torch.float32 if convert_to_float else factor.dtype)
-        for basis, factor in zip(Q, kronecker_factor_list, strict=True)
+        Q[axis].squeeze(0).to(torch.float32 if convert_to_float else factor.dtype) if axis in Q else factor.clone()
+        for axis, factor in enumerate(kronecker_factor_list)
     ]
     return bases, momentum, exp_avg_sq
 
@@ -382,16 +379,16 @@ def _stack(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).unsqueeze(0)
 
 
-def _stack_list(matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor | None]:
-    """Stacks of one; None for an empty tensor."""
-    return [_stack(matrix, dtype) if matrix.numel() else None for matrix in matrices]
+def _stacks(matrices: Sequence[Tensor], dtype: torch.dtype) -> dict[int, Tensor]:
+    """Stacks of one, by axis; none for an empty tensor."""
+    return {axis: _stack(matrix, dtype) for axis, matrix in enumerate(matrices) if matrix.numel()}
 
 
-def _write_back(targets: Sequence[Tensor], working: Sequence[Tensor | None]) -> None:
+def _write_back(targets: Sequence[Tensor], working: Mapping[int, Tensor]) -> None:
     """Copies results into tensors whose dtype kept the kernels from working on them in place."""
-    for target, result in zip(targets, working, strict=True):
-        if result is not None and result.data_ptr() != target.data_ptr():
-            target.copy_(result.squeeze(0))
+    for axis, result in working.items():
+        if result.data_ptr() != targets[axis].data_ptr():
+            targets[axis].copy_(result.squeeze(0))
 
 
 def _check_tensor(name: str, value: object) -> None:

@@ -1,14 +1,14 @@
 """The linear algebra of a step, on stacks: products with factors and bases, and decompositions that never stop a run.
 
-Conventions. A stack of B tensors is (B, d_1, .., d_N). Axis numbers count a tensor's own axes from 0. Per axis a
-Kronecker factor ``K_k`` and an eigenbasis ``Q_k`` are (B, d_k, d_k), and None where the axis has none: its basis is the
-identity. Columns of ``Q_k`` are eigenvectors, the one with the largest eigenvalue first. Nothing here knows the
-optimizer. Where asking a device would mean waiting for it, nothing is decided on the host.
+Conventions. A stack of B tensors is (B, d_1, .., d_N). Axis numbers count a tensor's own axes from 0. A Kronecker
+factor ``K_k`` and an eigenbasis ``Q_k`` are (B, d_k, d_k); an axis without them has the identity for a basis. Columns
+of ``Q_k`` are eigenvectors, the one with the largest eigenvalue first. Nothing here knows the optimizer. Where asking a
+device would mean waiting for it, nothing is decided on the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -38,18 +38,18 @@ def unfold(stack: Tensor, axis: int) -> Tensor:
     return stack.movedim(1 + axis, 1).reshape(len(stack), stack.shape[1 + axis], -1)
 
 
-def project(stack: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
+def project(stack: Tensor, bases: Mapping[int, Tensor]) -> Tensor:
     """``Q_1^T T Q_2`` for a matrix: each axis is contracted with its basis in turn and goes to the end."""
-    for basis in bases:
+    for axis in range(stack.dim() - 1):
         stack = stack.movedim(1, -1)
-        if basis is not None:
-            stack = (stack.reshape(len(stack), -1, stack.shape[-1]) @ basis).view(stack.shape)
+        if axis in bases:
+            stack = (stack.reshape(stack.shape[0], -1, stack.shape[-1]) @ bases[axis]).view(stack.shape)
     return stack
 
 
-def project_back(stack: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
+def project_back(stack: Tensor, bases: Mapping[int, Tensor]) -> Tensor:
     """The inverse of :func:`project` for orthonormal bases: ``Q_1 T Q_2^T`` for a matrix."""
-    return project(stack, [None if basis is None else basis.mT for basis in bases])
+    return project(stack, {axis: basis.mT for axis, basis in bases.items()})
 
 
 def rayleigh_quotients(factors: Tensor, bases: Tensor) -> Tensor:

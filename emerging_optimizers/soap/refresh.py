@@ -37,29 +37,23 @@ def refresh(s: Stack, axes: Sequence[int], o: Mapping[str, Any], finite: Tensor 
         o: The options of the parameter group.
         finite: None: all.
     """
-    old: list[Tensor | None] = [None] * len(s.Q)
-    new, V = list(old), s.V
-    refreshed = torch.zeros(len(s.M), dtype=torch.bool, device=s.M.device)
-    failed = torch.zeros_like(refreshed)
+    V, refreshed, new = s.V, None, {}
+    failed = torch.zeros(len(s.M), dtype=torch.bool, device=s.M.device)
     for axis in axes:
-        K, Q = s.K[axis], s.Q[axis]
-        assert K is not None
-        assert Q is not None
-        old[axis] = Q if s.based else None
-        new[axis], order, turned, kept = new_bases(K, Q, s.based, o)
+        new[axis], order, turned, kept = new_bases(s.K[axis], s.Q[axis], s.based, o)
         if order is not None:
             V = torch.take_along_dim(V, along(order, V, axis), 1 + axis)
-        refreshed |= turned
+        if turned is not None:
+            refreshed = turned if refreshed is None else refreshed | turned
         failed |= kept
     # Only along the axes that were refreshed: the other bases would take it out and in again.
+    old = {axis: s.Q[axis] for axis in axes} if s.based else {}
     M = where_stacked(refreshed, project(project_back(s.M, old), new), s.M)
-    bases = [Q if basis is None else basis for Q, basis in zip(s.Q, new, strict=True)]
     if not s.based or o["second_moment_refresh"] == "kronecker":
-        V = where_stacked(refreshed, kronecker_estimate(s.V, s.K, bases), V)
+        V = where_stacked(refreshed, kronecker_estimate(s.V, s.K, {**s.Q, **new}), V)
     V = raise_to_floor(V, M, s.step - 1, o["betas"])
-    for kept_tensor, tensor in zip((s.M, s.V, *s.Q), (M, V, *bases), strict=True):
-        if kept_tensor is not None and tensor is not None and tensor is not kept_tensor:
-            kept_tensor.copy_(where_stacked(finite, tensor, kept_tensor))
+    for kept, tensor in ((s.M, M), (s.V, V), *((s.Q[axis], new[axis]) for axis in axes)):
+        kept.copy_(where_stacked(finite, tensor, kept))
     s.failed += failed if finite is None else failed & finite
 
 
@@ -69,20 +63,19 @@ def first_bases(s: Stack, o: Mapping[str, Any], finite: Tensor | None = None) ->
     A zero factor has no eigenbasis: layers behind a zero-initialised one, and tensors whose first gradient was skipped,
     wait. A tensor's factors are zero together.
     """
-    axes = [axis for axis, factor in enumerate(s.K) if factor is not None]
-    factors = s.K[axes[0]]
-    assert factors is not None
-    alive = factors.flatten(1).any(1)
+    alive = next(iter(s.K.values())).flatten(1).any(1)
     if finite is not None:
         alive &= finite
     on_host = alive.cpu()  # eigh waits for the device anyway
     if bool(on_host.any()):
-        refresh(s, axes, o, None if bool(on_host.all()) else alive)
+        refresh(s, list(s.K), o, None if bool(on_host.all()) else alive)
         s.refresh_step[on_host] = s.step
         s.based = True
 
 
-def new_bases(K: Tensor, Q: Tensor, based: bool, o: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def new_bases(
+    K: Tensor, Q: Tensor, based: bool, o: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """New bases along one axis.
 
     By ``eigh`` the first time and with ``use_eigh``; otherwise the columns are sorted by Rayleigh quotient, and then
@@ -96,12 +89,12 @@ def new_bases(K: Tensor, Q: Tensor, based: bool, o: Mapping[str, Any]) -> tuple[
 
     Returns:
         The bases, (B, d, d); the order (B, d) in which ``V`` must be taken along this axis, None where it stays as it
-        is (``eigh``: old and new bases are sorted); (B,), whether the basis is new, which it is not where the adaptive
-        criterion left it alone; and (B,), whether a decomposition failed for good and the last good basis stayed.
+        is (``eigh``: old and new bases are sorted); (B,), whether the adaptive criterion did not leave the basis alone,
+        None: all are new; and (B,), whether a decomposition failed for good and the last good basis stayed.
     """
     if not based or (o["use_eigh"] and not o["use_adaptive_criteria"]):
         bases, failed = sorted_eigenvectors(K, Q)
-        return bases, None, torch.ones_like(failed), failed
+        return bases, None, None, failed
     # One product serves the eigenvalues, the criterion and the power step. Full float32: in TensorFloat-32 the small
     # eigenvalues drown in the rounding of the large ones.
     with fp32_matmul_precision("highest"):
@@ -126,7 +119,7 @@ def new_bases(K: Tensor, Q: Tensor, based: bool, o: Mapping[str, Any]) -> tuple[
             bases, failed_again = orthonormal_columns(KQ, bases)
             failed = failed | failed_again
     if holds is None:
-        return bases, order, torch.ones_like(failed), failed
+        return bases, order, None, failed
     if order is not None:
         order = where_stacked(holds, torch.arange(K.shape[-1], device=K.device).expand_as(order), order)
     return where_stacked(holds, Q, bases), order, ~holds, failed & ~holds
@@ -144,7 +137,7 @@ def basis_holds(K: Tensor, quotients: Tensor, tolerance: float) -> Tensor:
     return holds
 
 
-def kronecker_estimate(V: Tensor, K: Sequence[Tensor | None], Q: Sequence[Tensor | None]) -> Tensor:
+def kronecker_estimate(V: Tensor, K: Mapping[int, Tensor], Q: Mapping[int, Tensor]) -> Tensor:
     """``V_ij <- sum(V) lam_i mu_j / sum(lam_i mu_j)`` with the factors' Rayleigh quotients in ``Q``, clamped at 0.
 
     An axis without a factor contributes the marginal of ``V`` along it. ``V`` itself stays where an axis has nothing to
@@ -152,9 +145,9 @@ def kronecker_estimate(V: Tensor, K: Sequence[Tensor | None], Q: Sequence[Tensor
     """
     axes = range(1, V.dim())
     estimate = V.sum(tuple(axes), keepdim=True)
-    for axis, (factor, basis) in enumerate(zip(K, Q, strict=True)):
-        if factor is not None and basis is not None:
-            weights = rayleigh_quotients(factor, basis).clamp_min(0)
+    for axis in range(V.dim() - 1):
+        if axis in K:
+            weights = rayleigh_quotients(K[axis], Q[axis]).clamp_min(0)
         else:
             weights = V.sum([a for a in axes if a != 1 + axis])
         estimate = estimate * along(weights / weights.sum(-1, keepdim=True), V, axis)

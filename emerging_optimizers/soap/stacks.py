@@ -131,25 +131,21 @@ class StackedState:
             kept = {key: stack[rows] for key, stack in kept.items()}
         M = kept["exp_avg"].view(shape).to(kind.dtype)
         V = kept["exp_avg_sq"].view(shape)
-        K: list[Tensor | None] = [None] * len(kind.layout.shape) if axes else []
-        Q = list(K)
-        for axis in axes:
-            factor = kept[f"GG_{axis}"]
-            K[axis] = unpack(factor, kind.layout.shape[axis]) if kind.pack_factors else factor
-            Q[axis] = kept[f"Q_{axis}"].to(kind.dtype)
+        K, Q = ({axis: kept[f"{name}_{axis}"] for axis in axes} for name in ("GG", "Q"))
+        if kind.pack_factors:
+            K = {axis: unpack(factor, kind.layout.shape[axis]) for axis, factor in K.items()}
+        if kind.state_dtype is not None:
+            Q = {axis: basis.to(kind.dtype) for axis, basis in Q.items()}
         nothing = kept["step"][:0]
         counters = (kept.get("refresh_step", nothing), kept.get("failed_refreshes", nothing))
         yield Stack(step, based, M, V, K, Q, *counters)
-        if kind.state_dtype not in (None, kind.dtype):
+        if kind.state_dtype is not None:
             kept["exp_avg"].view(shape).copy_(M)
         for axis in axes:
-            unpacked, basis = K[axis], Q[axis]
-            assert unpacked is not None
-            assert basis is not None
             if kind.pack_factors:
-                pack(unpacked, out=kept[f"GG_{axis}"])
-            if kind.state_dtype not in (None, kind.dtype):
-                kept[f"Q_{axis}"].copy_(basis)
+                pack(K[axis], out=kept[f"GG_{axis}"])
+            if kind.state_dtype is not None:
+                kept[f"Q_{axis}"].copy_(Q[axis])
         kept["step"].fill_(step + 1)
 
 

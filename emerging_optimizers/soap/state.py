@@ -27,8 +27,8 @@ class Stack:
         based: Whether any of them has an eigenbasis; without one ``Q`` is the identity.
         M: First moment, (B, d_1, .., d_N), in the bases.
         V: Second moment, likewise.
-        K: Kronecker factor of each axis, (B, d_k, d_k) or None; an empty list where no axis has one.
-        Q: Eigenbasis of each axis, likewise.
+        K: Kronecker factor of each preconditioned axis, (B, d_k, d_k).
+        Q: Eigenbasis of each preconditioned axis, likewise.
         refresh_step: (B,), the value of ``step`` after the last refresh; empty where no axis has a factor.
         failed: (B,), how many refreshes kept the last good basis; likewise.
     """
@@ -37,14 +37,14 @@ class Stack:
     based: bool
     M: Tensor
     V: Tensor
-    K: list[Tensor | None]
-    Q: list[Tensor | None]
+    K: dict[int, Tensor]
+    Q: dict[int, Tensor]
     refresh_step: Tensor
     failed: Tensor
 
     def __getitem__(self, rows: slice) -> Stack:
         """Some of the tensors, as views."""
-        K, Q = ([None if tensor is None else tensor[rows] for tensor in several] for several in (self.K, self.Q))
+        K, Q = ({axis: matrices[rows] for axis, matrices in several.items()} for several in (self.K, self.Q))
         counters = (self.refresh_step[rows], self.failed[rows])
         return Stack(self.step, self.based, self.M[rows], self.V[rows], K, Q, *counters)
 

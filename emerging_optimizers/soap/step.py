@@ -1,7 +1,7 @@
 """One step of SOAP and KL-SOAP on a stack of equal tensors, in the order of arXiv 2409.11321, algorithm 3.
 
 A gradient ``G``, the moments ``M``, ``V`` and the update are (B, d_1, .., d_N); per axis k a Kronecker factor ``K[k]``
-and an eigenbasis ``Q[k]``, (B, d_k, d_k), both None where the axis has none. ``finite``, (B,), is false for the tensors
+and an eigenbasis ``Q[k]`` are (B, d_k, d_k), for the axes that have them. ``finite``, (B,), is false for the tensors
 whose gradient cannot be used: their gradient is zero here, everything of them stays as it is, and so does their update,
 which is zero. It is None where nothing needs to be held back.
 """
@@ -57,7 +57,7 @@ def soap_step(
         for rows, axes in due:
             refresh(s[rows], axes, o, None if finite is None else finite[rows])
             s.refresh_step[rows] = s.step
-    bases = s.Q if s.based else []
+    bases = s.Q if s.based else {}
     direction = adam(project(grad, bases), s.M, s.V, s.step, o, finite)
     update = project_back(direction, bases)
     if o["max_update_rms"] > 0:  # Adafactor, arXiv 1804.04235, section 6
@@ -75,25 +75,24 @@ def update_factors(s: Stack, grad: Tensor, o: Mapping[str, Any], finite: Tensor 
         b = 1 - (1 - b) / (1 - b**s.step)
     if o["use_kl_shampoo"]:
         # Without a basis the other factors are the identity, so that 1 / eps never enters the first update.
-        add_whitened_grams(s.K, s.Q if s.based else [None] * len(s.Q), grad, b, o["eps"], finite=finite)
+        add_whitened_grams(s.K, s.Q if s.based else {}, grad, b, o["eps"], finite=finite)
     else:
-        add_grams(s.K, [grad] * len(s.K), b, finite)
+        add_grams(s.K, grad, b, finite)
 
 
-def add_grams(K: Sequence[Tensor | None], grads: Sequence[Tensor], b: float, finite: Tensor | None = None) -> None:
-    """``K_k <- b K_k + (1 - b) unfold_k(G_k) unfold_k(G_k)^T``, in place."""
-    for axis, (factor, grad) in enumerate(zip(K, grads, strict=True)):
-        if factor is not None:
-            G = unfold(grad, axis)
-            if finite is None:
-                factor.baddbmm_(G, G.mT, beta=b, alpha=1 - b)
-            else:
-                factor.lerp_(G @ G.mT, along((1 - b) * finite.to(G.dtype), factor))
+def add_grams(K: Mapping[int, Tensor], grad: Tensor, b: float, finite: Tensor | None = None) -> None:
+    """``K_k <- b K_k + (1 - b) unfold_k(G) unfold_k(G)^T``, in place."""
+    for axis, factor in K.items():
+        G = unfold(grad, axis)
+        if finite is None:
+            factor.baddbmm_(G, G.mT, beta=b, alpha=1 - b)
+        else:
+            factor.lerp_(G @ G.mT, along((1 - b) * finite.to(G.dtype), factor))
 
 
 def add_whitened_grams(
-    K: Sequence[Tensor | None],
-    Q: Sequence[Tensor | None],
+    K: Mapping[int, Tensor],
+    Q: Mapping[int, Tensor],
     grad: Tensor,
     b: float,
     eps: float,
@@ -109,23 +108,17 @@ def add_whitened_grams(
     factor stays as it is.
     """
     tiny = torch.finfo(grad.dtype).tiny  # to which eps may round in float32
-    roots = [
-        None
-        if factor is None or basis is None
-        else basis * rayleigh_quotients(factor, basis).clamp_min(max(eps, tiny)).pow(eigval_exp / 2).unsqueeze(-2)
-        for factor, basis in zip(K, Q, strict=True)
-    ]
-    for factor, H in zip(K, [_whitened(grad, roots, axis) for axis in range(len(K))], strict=True):
-        if factor is not None:
-            bounded = torch.linalg.vector_norm(H, dim=(1, 2)) < sqrt(torch.finfo(H.dtype).max)
-            moves = bounded if finite is None else bounded & finite
-            H = where_stacked(bounded, H, torch.zeros_like(H))
-            factor.lerp_(H @ H.mT, along((1 - b) * moves.to(H.dtype), factor))
-
-
-def _whitened(grad: Tensor, roots: Sequence[Tensor | None], axis: int) -> Tensor:
-    others = [None if k == axis else root for k, root in enumerate(roots)]
-    return unfold(project(grad, others), axis) / sqrt(grad[0].numel() / grad.shape[1 + axis])
+    roots = {
+        axis: Q[axis] * rayleigh_quotients(K[axis], Q[axis]).clamp_min(max(eps, tiny)).pow(eigval_exp / 2).unsqueeze(-2)
+        for axis in K.keys() & Q.keys()
+    }
+    for axis, factor in K.items():
+        others = {other: root for other, root in roots.items() if other != axis}
+        H = unfold(project(grad, others), axis) / sqrt(grad[0].numel() / grad.shape[1 + axis])
+        bounded = torch.linalg.vector_norm(H, dim=(1, 2)) < sqrt(torch.finfo(H.dtype).max)
+        moves = bounded if finite is None else bounded & finite
+        H = where_stacked(bounded, H, torch.zeros_like(H))
+        factor.lerp_(H @ H.mT, along((1 - b) * moves.to(H.dtype), factor))
 
 
 def adam(grad: Tensor, M: Tensor, V: Tensor, step: int, o: Mapping[str, Any], finite: Tensor | None = None) -> Tensor:

@@ -214,7 +214,6 @@ def claims_not_to_be(saved: dict) -> None:
     [
         ({}, claims_to_be_packed, r"'GG_0' of parameter 'conv.weight' must have shape \(10,\), got \(4, 4\)"),
         (COMPACT, claims_not_to_be, r"'GG_0' of parameter 'conv.weight' must have shape \(4, 4\), got \(10,\)"),
-        (COMPACT, older, r"'GG_0' of parameter 'conv.weight' must have shape \(4, 4\), got \(10,\)"),
     ],
 )
 def test_factors_of_the_wrong_shape_for_the_options_are_refused_whole(
