@@ -42,7 +42,6 @@ class Case:
         late: The parameters from this index on are added, as a group, before step 3.
         copied: Before this step the run moves to deep copies of the parameters and the optimizer.
         stagger_processes: For how many processes staggered refreshes are spread; 0: for those that there are.
-        masks: Whether unusable gradients are found by masks, as on a GPU.
     """
 
     placement: str = "one process"
@@ -55,7 +54,6 @@ class Case:
     never: frozenset[int] = frozenset()
     spoilt: Mapping[tuple[int, int], str] = field(default_factory=dict)
     chunk: int | None = None
-    masks: bool = False
     late: int | None = None
     copied: int | None = None
     stagger_processes: int = 0
@@ -194,8 +192,6 @@ def patched(case: Case) -> Iterator[None]:
         if case.chunk is not None:
             for module in ("buckets", "rounds", "shared_state"):
                 stack.enter_context(mock.patch(f"emerging_optimizers.soap.{module}.CHUNK_ELEMENTS", case.chunk))
-        if case.masks:
-            stack.enter_context(mock.patch("emerging_optimizers.soap.state.masks_on", return_value=True))
         yield
 
 

@@ -89,12 +89,10 @@ def cases() -> dict[str, Case]:
         add(placement, "many rounds", EVERY_3, 9, chunk=20)
         add(placement, "a round each", EVERY_3, 6, chunk=1)
         add(placement, "NaN skipped", EVERY_3, 9, spoilt=SPOILT, chunk=60)
-        add(placement, "NaN skipped by masks", EVERY_3, 9, spoilt=SPOILT, chunk=60, masks=True)
         add(placement, "NaN raised", {"nonfinite": "raise"}, 8, spoilt=SPOILT)
         add(placement, "a group added", EVERY_3, 8, late=5)
         add(placement, "copied", EVERY_3, 8, copied=4)
     for placement in ("ddp of 2", "shard 0 of 2"):
-        add(placement, "masks", EVERY_3, 9, masks=True)
         add(placement, "NaN skipped with l2", MODES["l2 decay"], 8, spoilt=SPOILT)
         spoilt = {(2, 5): "first", (2, 7): "last"}
         add(placement, "NaN propagated", {"nonfinite": "propagate", "use_eigh": True}, 4, spoilt=spoilt)

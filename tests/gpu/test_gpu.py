@@ -95,4 +95,4 @@ def test_state_and_counters_are_where_they_belong() -> None:
     for state in optimizer.state.values():
         devices = {key: value.device.type for key, value in state.items()}
         on_cpu = {key for key, device in devices.items() if device == "cpu"}
-        assert on_cpu == {"step", "refresh_step", "unrotated"} & set(devices)
+        assert on_cpu == {"step", "refresh_step"} & set(devices)

@@ -15,22 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from emerging_optimizers.soap import SOAP, state
+from emerging_optimizers.soap import SOAP
 
 PAGE = 4096
 MODES = {
-    "default": ({}, False),
-    "masks, bfloat16": ({"weight_decay_method": "l2", "max_update_rms": 1.0, "precondition_1d": True}, True),
-    "packed, 16-bit state": ({"pack_factors": True, "state_dtype": torch.bfloat16, "precondition_frequency": 3}, False),
-    "kl, eigh, schedule": (
-        {
-            "use_kl_shampoo": True,
-            "use_eigh": True,
-            "use_adaptive_criteria": True,
-            "precondition_frequency": lambda step: 4 + step % 4,
-        },
-        False,
-    ),
+    "default": {},
+    "l2, bfloat16": {"weight_decay_method": "l2", "max_update_rms": 1.0, "precondition_1d": True},
+    "packed, 16-bit state": {"pack_factors": True, "state_dtype": torch.bfloat16, "precondition_frequency": 3},
+    "kl, eigh, schedule": {
+        "use_kl_shampoo": True,
+        "use_eigh": True,
+        "use_adaptive_criteria": True,
+        "precondition_frequency": lambda step: 4 + step % 4,
+    },
 }
 
 
@@ -52,11 +49,9 @@ def measure() -> dict[str, int]:
 
 
 def growth(mode: str, first: int, last: int, leak: list[Tensor] | None = None) -> dict[str, int]:
-    options, masks = MODES[mode]
-    state.masks_on = lambda device: masks
     dtype = torch.bfloat16 if "bfloat16" in mode else torch.float32
     parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in [(6, 10), (5,)]]
-    optimizer = SOAP(parameters, lr=0.01, **options)
+    optimizer = SOAP(parameters, lr=0.01, **MODES[mode])
     generator = torch.Generator().manual_seed(0)
     before: dict[str, int] = {}
     for step in range(1, last + 1):

@@ -1,7 +1,4 @@
-"""Gradients, weights, learning rates and step counts at the ends of what there is: all stays finite and bounded.
-
-Every mode runs on the CPU's ordinary path and on the masked one, which is what a GPU does.
-"""
+"""Gradients, weights, learning rates and step counts at the ends of what there is: all stays finite and bounded."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -12,7 +9,6 @@ from torch import Tensor, nn
 
 from emerging_optimizers.schedules import LinearFrequency
 from emerging_optimizers.soap import SOAP
-from emerging_optimizers.soap import state as state_module
 from tests.unit.test_soap import Everything, new_model, train
 
 MODES: dict[str, dict] = {
@@ -27,12 +23,7 @@ MODES: dict[str, dict] = {
 SHAPES = [(6, 4), (4, 9), (5,), (1, 7), (1, 1), (1,), (2, 3, 4), (4, 1, 3, 3), ()]
 
 each_mode = pytest.mark.parametrize("mode", MODES)
-each_way = pytest.mark.parametrize(("frequency", "masks"), [(1, False), (5, True)])
-each_path = pytest.mark.parametrize("masks", [False, True], ids=["branches", "masks"])
-
-
-def set_path(monkeypatch: pytest.MonkeyPatch, masks: bool) -> None:
-    monkeypatch.setattr(state_module, "masks_on", lambda device: masks)
+each_frequency = pytest.mark.parametrize("frequency", [1, 5])
 
 
 def random_normal(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -130,13 +121,10 @@ def assert_sound(optimizer: SOAP) -> None:
             assert gap < 1e-5, f"{name}: {gap:.1e}"
 
 
-@each_way
+@each_frequency
 @each_mode
 @pytest.mark.parametrize("kind", GRADIENTS)
-def test_any_gradient_leaves_all_finite_and_no_step_beyond_adams_bound(
-    kind: str, mode: str, frequency: int, masks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_path(monkeypatch, masks)
+def test_any_gradient_leaves_all_finite_and_no_step_beyond_adams_bound(kind: str, mode: str, frequency: int) -> None:
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
     optimizer = SOAP(parameters, lr=1.0, weight_decay=0.0, precondition_frequency=frequency, **MODES[mode])
     for step in range(13):
@@ -156,13 +144,9 @@ def test_any_gradient_leaves_all_finite_and_no_step_beyond_adams_bound(
         assert skipped == {0}
 
 
-@each_path
 @each_mode
 @pytest.mark.parametrize("size", [300.0, 6e4])  # the squares overflow float16, and so do the sums of some
-def test_a_float16_gradient_whose_square_overflows_float16_is_used(
-    mode: str, size: float, masks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_path(monkeypatch, masks)
+def test_a_float16_gradient_whose_square_overflows_float16_is_used(mode: str, size: float) -> None:
     half = [nn.Parameter(torch.zeros(shape, dtype=torch.float16)) for shape in SHAPES]
     full = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
     optimizers = [SOAP(parameters, lr=0.1, **MODES[mode]) for parameters in (half, full)]
@@ -178,10 +162,8 @@ def test_a_float16_gradient_whose_square_overflows_float16_is_used(
     assert all(p.any() and int(optimizers[0].state[p]["skipped_steps"]) == 0 for p in half)
 
 
-@each_path
 @each_mode
-def test_a_float16_gradient_that_is_inf_is_skipped(mode: str, masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_path(monkeypatch, masks)
+def test_a_float16_gradient_that_is_inf_is_skipped(mode: str) -> None:
     parameters = [nn.Parameter(torch.zeros(shape, dtype=torch.float16)) for shape in SHAPES]
     optimizer = SOAP(parameters, lr=0.1, **MODES[mode])
     for step in range(9):
@@ -234,13 +216,12 @@ def recover(optimizer_class: type, options: dict, spike: float) -> tuple[int, fl
 RECOVERED_WITHIN = {"kl": 87, "kronecker": 87}
 
 
-@each_way
+@each_frequency
 @each_mode
 @pytest.mark.parametrize("spike", [1000.0, -1000.0])
 def test_training_recovers_from_a_spike_of_1000_in_60_steps_or_as_adamw_does(
-    spike: float, mode: str, frequency: int, masks: bool, monkeypatch: pytest.MonkeyPatch
+    spike: float, mode: str, frequency: int
 ) -> None:
-    set_path(monkeypatch, masks)
     steps, rise = recover(SOAP, {"precondition_frequency": frequency, **MODES[mode]}, spike)
     assert rise > 3, "the spike did no harm, so nothing was tested"
     assert steps <= RECOVERED_WITHIN.get(mode, 60)
@@ -255,13 +236,9 @@ def test_adamw_takes_longer_over_the_spike_than_any_mode_may() -> None:
 # --- learning rate, counters, weights -----------------------------------------------------------------------------
 
 
-@each_path
 @each_mode
 @pytest.mark.parametrize("zero", [0.0, 0, torch.tensor(0.0)], ids=["float", "int", "tensor"])
-def test_at_a_learning_rate_of_zero_no_weight_moves_and_the_state_does_as_ever(
-    mode: str, zero: float | Tensor, masks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_path(monkeypatch, masks)
+def test_at_a_learning_rate_of_zero_no_weight_moves_and_the_state_does_as_ever(mode: str, zero: float | Tensor) -> None:
     still, moving = ([nn.Parameter(random_normal(s, 77)) for s in SHAPES] for _ in range(2))
     start = [p.detach().clone() for p in still]
     options = {"weight_decay": 0.1, "weight_decay_method": "independent", **MODES[mode]}
@@ -311,13 +288,9 @@ def advance(parameters: list[nn.Parameter], optimizer: SOAP, steps: int, seed: i
     return seen
 
 
-@each_path
 @each_mode
 @pytest.mark.parametrize("start", [1_000_000 - 2, 2**24 - 3], ids=["a million", "2**24"])
-def test_steps_are_counted_and_refreshes_due_beyond_any_number_of_steps(
-    start: int, mode: str, masks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_path(monkeypatch, masks)
+def test_steps_are_counted_and_refreshes_due_beyond_any_number_of_steps(start: int, mode: str) -> None:
     parameters, optimizer = with_counter(start, {"precondition_frequency": 5, **MODES[mode]})
     seen = advance(parameters, optimizer, 15, seed=10)
     due, last = [], start - 1
@@ -355,14 +328,11 @@ def test_a_million_steps_of_counter_step_like_a_fresh_one_but_for_the_bias_corre
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)
 
 
-@each_way
+@each_frequency
 @each_mode
 @pytest.mark.parametrize("method", ["decoupled", "independent", "l2"])
 @pytest.mark.parametrize("size", [1e15, 1e30])
-def test_huge_weights_stay_finite_and_only_shrink(
-    size: float, method: str, mode: str, frequency: int, masks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_path(monkeypatch, masks)
+def test_huge_weights_stay_finite_and_only_shrink(size: float, method: str, mode: str, frequency: int) -> None:
     parameters = [nn.Parameter(size * random_normal(shape, 3)) for shape in SHAPES]
     start = [p.detach().abs().max() for p in parameters]
     options = {"weight_decay_method": method, "precondition_frequency": frequency, **MODES[mode]}
@@ -375,12 +345,8 @@ def test_huge_weights_stay_finite_and_only_shrink(
     assert all(p.detach().abs().max() <= most for p, most in zip(parameters, start, strict=True))
 
 
-@each_path
 @each_mode
-def test_a_gradient_that_overflows_again_and_again_does_not_stop_a_model(
-    mode: str, masks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_path(monkeypatch, masks)
+def test_a_gradient_that_overflows_again_and_again_does_not_stop_a_model(mode: str) -> None:
     model = new_model()
     optimizer = SOAP(model.parameters(), lr=3e-2, **MODES[mode])
 

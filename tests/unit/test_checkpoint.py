@@ -89,20 +89,6 @@ def test_options_that_a_saved_state_does_not_know_keep_the_optimizers_values() -
     assert all(int(state["skipped_steps"]) == 0 for state in optimizer.state.values())
 
 
-def test_a_state_from_when_the_first_moment_was_always_in_the_basis_goes_on_as_it_would_have() -> None:
-    model, optimizer = trained(eps=1e-3, use_adaptive_criteria=True, adaptive_update_tolerance=0.0)  # leaves it there
-    saved = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    for state in saved["optimizer"]["state"].values():
-        assert int(state.pop("unrotated", 0)) == 0
-    saved["optimizer"]["param_groups"][0]["use_adaptive_criteria"] = False
-    other = new_model(seed=1)
-    resumed = SOAP(other.parameters(), lr=1e-2)
-    other.load_state_dict(saved["model"])
-    resumed.load_state_dict(saved["optimizer"])
-    assert train(resumed, other, 4, start=5) == pytest.approx(train(optimizer, model, 4, start=5), rel=1e-4)
-    assert int(resumed.state[other.hidden.weight]["unrotated"]) == 1
-
-
 def test_an_empty_state_resets_the_optimizer() -> None:
     model, optimizer = trained()
     optimizer.load_state_dict(SOAP(new_model().parameters(), lr=0.5).state_dict())

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from emerging_optimizers.soap import kronecker
 from emerging_optimizers.soap.soap import (
     init_kronecker_factors,
     precondition,
@@ -319,60 +318,6 @@ def test_an_error_names_the_argument_what_it_got_and_what_it_wanted(case: str) -
     call, error, message = WRONG[case]
     with pytest.raises(error, match=message):
         call()
-
-
-@pytest.mark.parametrize("shape", [(5, 700, 3), (1, 100, 384), (2, 385, 384), (3, 300, 128), (1, 900, 500)])
-@pytest.mark.parametrize("finite", [None, False, True])
-def test_a_gram_product_in_blocks_is_the_whole_one(shape: tuple, finite: bool | None) -> None:
-    count = shape[0]
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    factor = matrix[:, :, :2] @ matrix[:, :, :2].mT
-    mask = None if finite is None else torch.tensor([finite] * count)
-    if finite is False:
-        matrix = torch.zeros_like(matrix)
-    expected = factor if finite is False else 0.9 * factor + 0.1 * matrix @ matrix.mT
-    kronecker._decay_and_add_gram_(factor := factor.clone(), matrix, 0.9, mask)
-    torch.testing.assert_close(factor.tril(), expected.tril(), rtol=1e-12, atol=1e-12)
-    kronecker.complete_([None, factor], matrix[0].numel())
-    torch.testing.assert_close(factor, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("size", [7, 256, 257, 300, 641])
-def test_the_upper_triangle_is_brought_up_to_date_from_the_lower_one(size: int) -> None:
-    factor = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0))
-    whole = factor.tril() + factor.tril(-1).mT
-    kronecker.complete_([factor], size * 1000)
-    blocks = torch.arange(size) // kronecker.GRAM_ROWS
-    same_block = (blocks.unsqueeze(0) == blocks.unsqueeze(1)) | (size <= 2 * kronecker.GRAM_ROWS)
-    assert torch.equal(factor.masked_fill(same_block, 0), whole.masked_fill(same_block, 0))
-    assert torch.equal(factor.tril(), whole.tril())
-
-
-def test_factors_that_come_from_a_cpu_are_completed_and_those_that_are_symmetric_but_for_rounding_stay() -> None:
-    factor = symmetric(300, dtype=torch.float32)
-    rounded = factor + 1e-7 * torch.ones(300, 300).triu(1)
-    stays = rounded.clone()
-    kronecker.complete_what_comes_from_a_cpu_(stays)
-    assert torch.equal(stays, rounded)
-    stale = factor.clone()
-    stale[:128, 128:] *= 0.999
-    kronecker.complete_what_comes_from_a_cpu_(stale)
-    assert torch.equal(stale, factor)
-
-
-@pytest.mark.parametrize("kl", [False, True])
-def test_the_functions_return_large_factors_whole(kl: bool) -> None:
-    grad = normal(300, 200, dtype=torch.float64)
-    factors, bases = [symmetric(300), symmetric(200)], [orthogonal(300), orthogonal(200)]
-    expected = [0.9 * factors[0] + 0.1 * grad @ grad.mT, 0.9 * factors[1] + 0.1 * grad.mT @ grad]
-    if kl:
-        lam = (bases[1].mT @ factors[1] @ bases[1]).diagonal().clamp_min(1e-8)
-        expected[0] = 0.9 * factors[0] + 0.1 / 200 * grad @ (bases[1] / lam) @ bases[1].mT @ grad.mT
-        update_kronecker_factors_kl_shampoo(factors, grad, 0.9, bases, 1e-8)
-    else:
-        update_kronecker_factors(factors, grad, 0.9)
-        torch.testing.assert_close(factors[1], expected[1])
-    torch.testing.assert_close(factors[0], expected[0])
 
 
 # --- autocast -----------------------------------------------------------------------------------------------------
