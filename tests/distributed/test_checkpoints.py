@@ -25,11 +25,10 @@ TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2**-8}
 FIRST = {
     "4 load": ("4 save",),
     "4 load, more": ("4 save", "4 save, more", "alone, save"),
-    "3 load": ("4 save", "2 save"),
+    "3 load": ("4 save",),
     "3 load, more": ("4 save", "alone, save"),
     "2 load": ("4 save", "alone, save"),
     "2 load, more": ("4 save", "4 save, more", "alone, save"),
-    "2 really": ("alone, save", "2 save"),
     "alone, load": ("4 save", "alone, save", "2 save"),
     "alone, load, more": ("4 save", "4 save, more"),
 }
@@ -155,49 +154,13 @@ def test_the_cases_are_what_they_are_meant_to_be(look: Look) -> None:
     assert {name.split(".")[0] for name in end} == BLOCKS.keys() - {"never"}
 
 
-# -- Real models under real engines -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("engine", ["fsdp", "ddp"])
-def test_real_training_goes_on_bit_for_bit(engine: str, look: Look) -> None:
-    whole = look("2 save", f"train_really {engine} float32")
-    resumed = look("2 really", f"go_on_really {engine} float32 {engine}-2")
-    for before, after in zip(whole, resumed, strict=True):
-        assert before["losses"] == after["losses"]
-    assert differences(whole[0]["weights"], resumed[0]["weights"]) == []
-    assert agree(resumed)
-
-
-@pytest.mark.parametrize(
-    ("name", "engine", "source"),
-    [
-        ("alone, load", "plain", "fsdp-2"),
-        ("alone, load", "plain", "ddp-2"),
-        ("2 really", "fsdp", "plain-1"),
-        ("2 really", "ddp", "plain-1"),
-        ("3 load", "ddp", "fsdp-2"),
-        ("3 load", "fsdp", "ddp-2"),
-    ],
-)
-def test_real_training_goes_on_in_another_world(name: str, engine: str, source: str, look: Look) -> None:
-    origin, size = source.split("-")
-    whole = look("alone, save" if size == "1" else "2 save", f"train_really {origin} float64")[0]
-    resumed = look(name, f"go_on_really {engine} float64 {source}")
-    # A softmax's gradients sum to zero over the classes. In that direction of the head there is nothing but rounding,
-    # 1e-17, which another number of processes rounds otherwise, and Adam divides it by eps, 1e-8.
-    assert distances(resumed[0]["weights"], whole["weights"], {torch.float64: 1e-8}) == {}
-    assert agree(resumed)
-
-
-@pytest.mark.parametrize("engine", ["fsdp", "ddp"])
-def test_flattened_state_dicts_go_on_bit_for_bit(engine: str, look: Look) -> None:
-    whole = look("2 save", f"train_really {engine} float32")
-    resumed = look("2 save", f"go_on_flattened {engine} float32")
-    assert [outcome["losses"] for outcome in whole] == [outcome["losses"] for outcome in resumed]
-    assert differences(whole[0]["weights"], resumed[0]["weights"]) == []
-
-
 # -- State dicts in memory --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["fsdp", "ddp"])
+def test_flattened_state_dicts_go_on_bit_for_bit(placement: str, look: Look) -> None:
+    outcome = look("2 save", f"go_on_flattened {placement}")[0]
+    assert differences(outcome["end"], {key: outcome[key] for key in outcome["end"]}) == []
 
 
 @pytest.mark.parametrize("placement", ["fsdp", "ddp"])
@@ -230,7 +193,7 @@ def test_state_dicts_load_whoever_owned_what(placement: str, look: Look) -> None
     """Groups in another order and added later, by torch's tools; and groups that were added later, by number."""
     for scenario in ("other_owners", "other_owners_save"):
         outcomes = look("2 again", f"{scenario} {placement}")
-        assert outcomes[0]["moved"] > 5  # or there was nothing to see
+        assert outcomes[0]["moved"], "no owner has changed, so nothing was tested"
         assert distances(outcomes[0]["weights"], outcomes[0]["end"]["weights"]) == {}
         assert agree(outcomes)
 
