@@ -43,6 +43,7 @@ Values = dict[str, Tensor]
 Outcome = dict[str, Any]
 
 STEPS = 12
+LR = 1e-2
 CUTS = (3, 7)
 #: The timeout of a group in which the processes are meant to lose each other, in seconds.
 SHORT = 3
@@ -148,7 +149,7 @@ class Run:
         groups = [
             {"params": list(block.parameters()), **BLOCKS[name][0]} for name, block in self.model.named_children()
         ]
-        self.optimizer = SOAP(groups, lr=1e-2, **arguments)
+        self.optimizer = SOAP(groups, lr=LR, **arguments)
         self.done = 0
 
     def step(self, until: int) -> None:
@@ -407,7 +408,7 @@ def other_owners(placement: str, _: Path) -> Outcome:
     other = Run(placement, seed=5)
     reordered = list(reversed(other.optimizer.param_groups))
     arguments = {} if placement != "ddp" else {"process_group": dist.group.WORLD}
-    optimizer = SOAP(reordered[:3], lr=1e-2, **arguments)
+    optimizer = SOAP(reordered[:3], lr=LR, **arguments)
     for group in reordered[:3]:
         for weight in group["params"]:
             weight.grad = torch.zeros_like(weight)
@@ -429,7 +430,7 @@ def other_owners_save(placement: str, _: Path) -> Outcome:
     arguments = {} if placement != "ddp" else {"process_group": dist.group.WORLD}
     run = Run(placement)
     groups = list(run.optimizer.param_groups)
-    grown = SOAP(groups[:1], lr=1e-2, **arguments)
+    grown = SOAP(groups[:1], lr=LR, **arguments)
     grown.state_dict()
     for group in groups[1:]:
         grown.add_param_group(group)
@@ -457,7 +458,7 @@ def wide(placement: str) -> tuple[nn.Module, SOAP]:
     model["b"] = nn.ParameterDict({"embedding": nn.Parameter(torch.randn(200, 32))})  # type: ignore[index]
     arguments = place(model, placement)
     routed = {"params": list(model["b"].parameters()), "max_precond_dim": 0}  # type: ignore[index]
-    return model, SOAP([{"params": list(model["a"].parameters())}, routed], lr=1e-2, **arguments)  # type: ignore[index]
+    return model, SOAP([{"params": list(model["a"].parameters())}, routed], lr=LR, **arguments)  # type: ignore[index]
 
 
 def count_bytes(placement: str, folder: Path) -> Outcome:

@@ -23,6 +23,8 @@ Options = dict[str, Any]
 #: Of matrices, a convolution, vectors, a scalar; rows that 2 and 4 processes cannot share evenly, fewer rows than
 #: processes, several of one shape.
 SHAPES = ((8, 6), (5, 7), (8, 6), (3, 4), (4, 3, 2, 2), (9,), (), (1, 5), (8, 6))
+#: Roundings that sums in another order may come to: an eigenvector turns by one over its gap, a thousandth say.
+MAGNIFIED = 1000
 BASE: Options = {"lr": 0.01, "fp32_matmul_prec": "highest", "qr_fp32_matmul_prec": "highest"}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from emerging_optimizers.soap import SOAP
 from tests.reliability.memory_worker import MODES
+from tests.reliability.test_extremes import ORTHONORMAL, orthogonality_error
 
 
 class Drift:
@@ -35,11 +36,6 @@ class Drift:
         return scale * (weight - self.target + 0.3 * self.left @ noise @ self.right)
 
 
-def orthogonality_error(basis: Tensor) -> float:
-    wide = basis.double()
-    return float((wide.mT @ wide - torch.eye(wide.shape[-1], dtype=torch.float64)).abs().max())
-
-
 ITERATED = {
     "default": {},
     "kl": {"use_kl_shampoo": True},
@@ -50,9 +46,7 @@ ITERATED = {
         "qr_fp32_matmul_prec": "medium",
     },
 }
-REFRESHES = 5_000
-#: What a refresh accepts, in float32. An eps more per refresh would be fifty times as much by the end.
-ORTHONORMAL = 100 * torch.finfo(torch.float32).eps
+REFRESHES = 5_000  # an eps in each would come to fifty times what is allowed
 
 
 @pytest.mark.parametrize("mode", ITERATED)
