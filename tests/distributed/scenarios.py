@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -255,6 +256,17 @@ def train(case: Case, record: Sequence[int] = ()) -> dict[str, Any] | None:
             "errors": errors,
             "state": whole_state(optimizer),
         }
+
+
+def train_all(cases: Sequence[Case]) -> list[dict[str, Any] | str | None]:
+    """What each case comes to in this process, up to an error, which is told: the others would wait for this one."""
+    found: list[dict[str, Any] | str | None] = []
+    for case in cases:
+        try:
+            found.append(train(case))
+        except Exception:  # noqa: BLE001
+            return [*found, traceback.format_exc()]
+    return found
 
 
 def whole_state(optimizer: SOAP) -> dict[int, dict[str, Tensor]]:
