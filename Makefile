@@ -20,8 +20,9 @@ help:  ## list the targets
 demo: $(READY)  ## train a small language model with SOAP and its rivals; three minutes; the report goes to demo/
 	$(BIN)/soap race --steps 250 --out demo --overwrite
 
+# What several tests read is made once: tests of one xdist_group go to one process.
 test: $(READY)  ## run the whole test suite, a process per core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 # One machine's rounding is not another's: a test of the maths must not notice.
 test-everywhere: $(READY)  ## run the maths suites with other instruction sets and numbers of threads

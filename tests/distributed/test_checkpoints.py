@@ -30,7 +30,7 @@ FIRST = {
     "alone, load": ("4 save", "alone, save", "2 save"),
 }
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("checkpoints")]
 
 Look = Callable[[str, str], list[Outcome]]
 

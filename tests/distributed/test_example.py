@@ -25,6 +25,7 @@ TINY = [
     f"--{name}={value}"
     for name, value in {"steps": 24, "batch-size": 6, "layers": 2, "width": 32, "log-every": 1, "save-every": 8}.items()
 ]
+pytestmark = pytest.mark.xdist_group("example")
 LIMIT = 120  # seconds for one job; it takes about ten
 
 # Of the loss, in nats: other ranks add up the same gradients in another order. One window that is left out, or an

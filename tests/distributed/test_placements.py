@@ -150,6 +150,7 @@ def results(processes: Processes) -> Results:
     return look
 
 
+@pytest.mark.xdist_group("placements")
 @pytest.mark.parametrize("name", CASES)
 def test_training_equals_that_of_one_process(name: str, results: Results) -> None:
     case, (wanted, found) = CASES[name], results(name)

@@ -71,6 +71,7 @@ def test_bases_stay_orthonormal_over_thousands_of_refreshes_without_eigh(mode: s
 # --- memory -------------------------------------------------------------------------------------------------------
 
 FIRST, LAST = 300, 1_300
+in_one_process = pytest.mark.xdist_group("memory")
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +91,14 @@ def grows(growth: dict[str, int]) -> bool:
 
 
 @pytest.mark.slow
+@in_one_process
 @pytest.mark.parametrize("mode", MODES)
 def test_memory_does_not_grow_with_the_steps(mode: str, growth: dict[str, dict[str, int]]) -> None:
     assert not grows(growth[mode]), growth[mode]
 
 
 @pytest.mark.slow
+@in_one_process
 @pytest.mark.parametrize("blind", [(), ("tensors", "objects"), ("tensors", "bytes")], ids=str)
 def test_a_leak_of_a_tensor_per_step_would_be_seen(blind: tuple[str, ...], growth: dict[str, dict[str, int]]) -> None:
     assert grows({**growth["leak"], **dict.fromkeys(blind, 0)}), growth["leak"]

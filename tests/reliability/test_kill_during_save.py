@@ -29,6 +29,8 @@ from tests.reliability.kill_worker import new_race, play
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
+pytestmark = pytest.mark.xdist_group("kill")
+
 
 # --- kill -9 -------------------------------------------------------------------------------------------------------
 

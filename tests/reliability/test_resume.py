@@ -15,6 +15,7 @@ from tests.differences import differences
 from tests.reliability.resume_worker import CASES, CUTS, STEPS
 
 ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
 PHASES = ("first", "second")
 
 
@@ -40,7 +41,6 @@ def saved_at(cut: int, case: str, folder: Path) -> dict[str, Any]:
     return torch.load(folder / f"{list(CASES).index(case)}-{cut}.pt", weights_only=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_training_goes_on_bit_for_bit_in_a_new_process(case: str, phases: list[dict[str, Any]], folder: Path) -> None:
     first, second = (phase[case] for phase in phases)
@@ -54,7 +54,6 @@ def test_training_goes_on_bit_for_bit_in_a_new_process(case: str, phases: list[d
         assert differences(saved["model"], first["model"])  # there was something to get wrong
 
 
-@pytest.mark.slow
 def test_the_cuts_are_where_they_are_meant_to_be(phases: list[dict[str, Any]], folder: Path) -> None:
     """In a warm-up with no basis yet, and in the middle of a refresh period, of an epoch and of both schedules."""
     early, late = CUTS
