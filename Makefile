@@ -5,20 +5,31 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt
 READY := .venv/.installed
+MATHS := tests/unit/test_oracle.py tests/unit/test_functional.py tests/property tests/convergence
+INSTRUCTIONS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+	MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=COMPATIBLE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types docs links doctest audit bench races clean
+.PHONY: help demo test test-everywhere lint types docs links doctest audit bench races clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name what; do \
-		printf '%-16s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name what; do \
+		printf '%-23s %s\n' "$$name" "$$what"; done
 
 demo: $(READY)  ## train a small language model with SOAP and its rivals; three minutes; the report goes to demo/
 	$(BIN)/soap race --steps 250 --out demo --overwrite
 
+# What several tests read is made once: tests of one xdist_group go to one process.
 test: $(READY)  ## run the whole test suite, a process per core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
+
+# One machine's rounding is not another's: a test of the maths must not notice.
+test-everywhere: $(READY)  ## run the maths suites with other instruction sets and numbers of threads
+	@failed=; for threads in 1 2; do for instructions in $(INSTRUCTIONS); do \
+		setting="$$instructions OMP_NUM_THREADS=$$threads"; echo "$$setting"; \
+		env $$setting $(BIN)/python -m pytest -q -n auto $(MATHS) || failed="$$failed  $$setting\n"; \
+	done; done; test -z "$$failed" || { printf "failed with\n$$failed" >&2; exit 1; }
 
 lint: $(READY)  ## check style and docstrings (ruff)
 	$(BIN)/ruff check .

@@ -59,10 +59,7 @@ def test_zero_gradients_move_nothing_and_make_no_nan(configuration: Configuratio
         for p in parameters:
             p.grad = torch.zeros_like(p)
         optimizer.step()
-    if warm == 0:
-        assert same(parameters, before)
-    for p, old in zip(parameters, before, strict=True):
-        torch.testing.assert_close(p.detach(), old, rtol=0, atol=1e-6)
+    assert same(parameters, before)
     for step in range(5):
         give_gradients(parameters, 50 + step)
         optimizer.step()

@@ -26,16 +26,18 @@ from tests.distributed.scenarios import PLACEMENTS, Case, optimizer_for, set_gra
 SHAPES = ((4, 3), (5, 3), (7,))
 
 
-def parameters_of(shapes: Any = SHAPES, sharded: bool = False, seed: int = 0) -> list[nn.Parameter]:
+def parameters_of(
+    shapes: Any = SHAPES, sharded: bool = False, dtype: torch.dtype = torch.float32, requires_grad: bool = True
+) -> list[nn.Parameter]:
     """Parameters with gradients, the same on every rank, on a mesh of all of them or plain."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if sharded else None
     found = []
     for shape in shapes:
-        weight, grad = (torch.randn(shape, generator=generator) for _ in range(2))
+        weight, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
         if mesh is not None:
             weight, grad = (distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None) for t in (weight, grad))
-        parameter = nn.Parameter(weight)
+        parameter = nn.Parameter(weight, requires_grad)
         parameter.grad = grad
         found.append(parameter)
     return found
@@ -46,30 +48,12 @@ def optimizer_of(params: Any, sharded: bool = False, **options: Any) -> SOAP:
     return SOAP(params, **{"lr": 0.1, **options}, process_group=None if sharded else dist.group.WORLD)
 
 
-def construct(sharded: bool, *per_rank: tuple[Any, Any, dict[str, Any]]) -> None:
-    """Constructs on each rank from shapes, names and options of its own."""
-    shapes, names, options = per_rank[min(dist.get_rank(), len(per_rank) - 1)]
-    params: Any = parameters_of(shapes, sharded)
-    if names is not None:
-        params = list(zip(names, params, strict=True))
-    optimizer_of(params, sharded, **options)
-
-
-def construct_with_dtypes(*dtypes: torch.dtype) -> None:
-    """Constructs with a dtype per rank."""
-    optimizer_of([nn.Parameter(torch.zeros(4, 3, dtype=dtypes[dist.get_rank()]))])
-
-
-def construct_frozen() -> None:
-    """Constructs with a parameter that rank 1 has frozen."""
-    optimizer_of([nn.Parameter(torch.zeros(4, 3), requires_grad=dist.get_rank() == 0)])
-
-
-def step_with_other_options(sharded: bool, *options: dict[str, Any]) -> None:
-    """Constructs, and steps thrice, with options of each rank's own."""
-    optimizer = optimizer_of(parameters_of(sharded=sharded), sharded, **options[dist.get_rank()])
-    for _ in range(3):
-        optimizer.step()
+def construct(sharded: bool, *per_rank: dict[str, Any]) -> None:
+    """Constructs on each rank from arguments of :func:`parameters_of`, names and options of its own."""
+    mine = {"names": None, "options": {}, **per_rank[dist.get_rank()]}
+    names, options = mine.pop("names"), mine.pop("options")
+    params = parameters_of(sharded=sharded, **mine)
+    optimizer_of(params if names is None else list(zip(names, params, strict=True)), sharded, **options)
 
 
 def add_other_groups(sharded: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ Options = dict[str, Any]
 #: Of matrices, a convolution, vectors, a scalar; rows that 2 and 4 processes cannot share evenly, fewer rows than
 #: processes, several of one shape.
 SHAPES = ((8, 6), (5, 7), (8, 6), (3, 4), (4, 3, 2, 2), (9,), (), (1, 5), (8, 6))
+#: Roundings that sums in another order may come to: an eigenvector turns by one over its gap, a thousandth say.
+MAGNIFIED = 1000
 BASE: Options = {"lr": 0.01, "fp32_matmul_prec": "highest", "qr_fp32_matmul_prec": "highest"}
 
 
@@ -43,7 +46,6 @@ class Case:
         late: The parameters from this index on are added, as a group, before step 3.
         copied: Before this step the run moves to deep copies of the parameters and the optimizer.
         stagger_processes: For how many processes staggered refreshes are spread; 0: for those that there are.
-        masks: Whether unusable gradients are found by masks, as on a GPU.
     """
 
     placement: str = "one process"
@@ -56,7 +58,6 @@ class Case:
     never: frozenset[int] = frozenset()
     spoilt: Mapping[tuple[int, int], str] = field(default_factory=dict)
     chunk: int | None = None
-    masks: bool = False
     late: int | None = None
     copied: int | None = None
     stagger_processes: int = 0
@@ -256,6 +257,17 @@ def train(case: Case, record: Sequence[int] = ()) -> dict[str, Any] | None:
             "errors": errors,
             "state": whole_state(optimizer),
         }
+
+
+def train_all(cases: Sequence[Case]) -> list[dict[str, Any] | str | None]:
+    """What each case comes to in this process, up to an error, which is told: the others would wait for this one."""
+    found: list[dict[str, Any] | str | None] = []
+    for case in cases:
+        try:
+            found.append(train(case))
+        except Exception:  # noqa: BLE001
+            return [*found, traceback.format_exc()]
+    return found
 
 
 def whole_state(optimizer: SOAP) -> dict[int, dict[str, Tensor]]:

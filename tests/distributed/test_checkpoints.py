@@ -5,41 +5,32 @@ Each set of ``checkpoint_worker`` runs once, at the first test that asks for it,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.differences import differences
-from tests.distributed.checkpoint_worker import BLOCKS, SETS, SHORT, Outcome, Values, work
+from tests.distributed.checkpoint_worker import BLOCKS, LR, SETS, SHORT, STEPS, Outcome, Values, work
 from tests.distributed.harness import Processes
+from tests.distributed.scenarios import MAGNIFIED
 
-#: Moments and bases in bfloat16 round to a neighbour now and then, at 2**-8 of an update of 1e-2.
-HALVED = 1e-4
-#: How far a run may be from another one that summed in another order, relative to the tensor's norm.
-TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2**-8}
+#: How far a run may be from another one that summed in another order, relative to the tensor's norm. In 16 bits a
+#: weight may round to its neighbour, and moments and bases that did make so much of the updates, at most lr each.
+TOLERANCES = {dtype: MAGNIFIED * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+TOLERANCES[torch.bfloat16] = torch.finfo(torch.bfloat16).eps
+HALVED = STEPS * LR * torch.finfo(torch.bfloat16).eps
 
 #: The sets that write what a set reads.
 FIRST = {
-    "4 load": ("4 save",),
-    "4 load, more": ("4 save", "4 save, more", "alone, save"),
-    "3 load": ("4 save", "2 save"),
-    "3 load, more": ("4 save", "alone, save"),
+    "4 load": ("4 save", "alone, save"),
+    "3 load": ("4 save", "alone, save"),
     "2 load": ("4 save", "alone, save"),
-    "2 load, more": ("4 save", "4 save, more", "alone, save"),
-    "2 really": ("alone, save", "2 save"),
     "alone, load": ("4 save", "alone, save", "2 save"),
-    "alone, load, more": ("4 save", "4 save, more"),
 }
-SAVED_IN = {"single": "alone, save", "fsdp": "4 save", "ddp": "4 save", "hsdp": "4 save, more", "tp": "4 save, more"}
 
-
-def cases(*found: tuple[str, ...]) -> list[Any]:
-    """Cases whose first argument is a set, marked as slow where the set is."""
-    return [pytest.param(*each, marks=pytest.mark.slow if "more" in each[0] else ()) for each in found]
-
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("checkpoints")]
 
 Look = Callable[[str, str], list[Outcome]]
 
@@ -69,13 +60,13 @@ def look(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Look
     return look_up
 
 
-def distances(a: Values, b: Values, tolerances: Mapping[torch.dtype, float] = TOLERANCES) -> dict[str, str]:
+def distances(a: Values, b: Values) -> dict[str, str]:
     """The tensors that are further apart than rounding explains, and how far."""
     assert a.keys() == b.keys()
     found = {}
     for name in a:
         assert a[name].dtype == b[name].dtype
-        tolerance = HALVED if name.startswith("halved") else tolerances[a[name].dtype]
+        tolerance = HALVED if name.startswith("halved") else TOLERANCES[a[name].dtype]
         distance = float((a[name].double() - b[name].double()).norm() / b[name].double().norm())
         if not distance <= tolerance:
             found[name] = f"{distance:.1e}"
@@ -85,6 +76,10 @@ def distances(a: Values, b: Values, tolerances: Mapping[torch.dtype, float] = TO
 def agree(outcomes: list[Outcome]) -> bool:
     """Whether all processes end with the same weights, bit for bit."""
     return len({outcome["digest"] for outcome in outcomes}) == 1
+
+
+def saved_in(placement: str) -> str:
+    return "alone, save" if placement == "single" else "4 save"
 
 
 # -- Resuming ---------------------------------------------------------------------------------------------------------
@@ -100,23 +95,21 @@ RESUMED = [
 AT_HOME = [case for case in RESUMED if case[1] == f"{case[3]}-{1 if case[0].startswith('alone') else case[0][0]}"]
 
 
-@pytest.mark.parametrize(("name", "source", "cut", "placement"), cases(*AT_HOME))
+@pytest.mark.parametrize(("name", "source", "cut", "placement"), AT_HOME)
 def test_the_same_world_goes_on_bit_for_bit(name: str, source: str, cut: str, placement: str, look: Look) -> None:
-    whole = look(SAVED_IN[placement], f"save_and_go_on {placement}")[0]
+    whole = look(saved_in(placement), f"save_and_go_on {placement}")[0]
     resumed = look(name, f"resume {source} {cut} {placement}")
     assert differences(whole["weights"], resumed[0]["weights"]) == []
     assert differences(whole["state"], resumed[0]["state"]) == []
     assert agree(resumed)
 
 
-@pytest.mark.parametrize(
-    ("name", "source", "cut", "placement"), cases(*(case for case in RESUMED if case not in AT_HOME))
-)
+@pytest.mark.parametrize(("name", "source", "cut", "placement"), [case for case in RESUMED if case not in AT_HOME])
 def test_another_world_goes_on_as_the_uninterrupted_run(
     name: str, source: str, cut: str, placement: str, look: Look
 ) -> None:
     origin = source.split("-")[0]
-    whole = look(SAVED_IN[origin], f"save_and_go_on {origin}")[0]
+    whole = look(saved_in(origin), f"save_and_go_on {origin}")[0]
     resumed = look(name, f"resume {source} {cut} {placement}")
     assert distances(resumed[0]["weights"], whole["weights"]) == {}
     assert resumed[0]["state"].keys() == whole["state"].keys()
@@ -136,7 +129,7 @@ def test_every_way_is_gone() -> None:
 
 def test_the_cases_are_what_they_are_meant_to_be(look: Look) -> None:
     """Cuts in a warm-up and in a refresh period; gradients that were skipped, late, or never came."""
-    state = look("2 again", "save_asynchronously fsdp")[0]["at cut"]
+    state = look("2 save", "save_asynchronously fsdp")[0]["at cut"]
     assert int(state["plain.matrix.refresh_step"]) == 5
     assert int(state["skipped.matrix.skipped_steps"]) == int(state["skipped.bias.skipped_steps"]) == 1
     assert int(state["skipped.matrix.step"]) == 7
@@ -155,55 +148,19 @@ def test_the_cases_are_what_they_are_meant_to_be(look: Look) -> None:
     assert {name.split(".")[0] for name in end} == BLOCKS.keys() - {"never"}
 
 
-# -- Real models under real engines -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("engine", ["fsdp", "ddp"])
-def test_real_training_goes_on_bit_for_bit(engine: str, look: Look) -> None:
-    whole = look("2 save", f"train_really {engine} float32")
-    resumed = look("2 really", f"go_on_really {engine} float32 {engine}-2")
-    for before, after in zip(whole, resumed, strict=True):
-        assert before["losses"] == after["losses"]
-    assert differences(whole[0]["weights"], resumed[0]["weights"]) == []
-    assert agree(resumed)
-
-
-@pytest.mark.parametrize(
-    ("name", "engine", "source"),
-    [
-        ("alone, load", "plain", "fsdp-2"),
-        ("alone, load", "plain", "ddp-2"),
-        ("2 really", "fsdp", "plain-1"),
-        ("2 really", "ddp", "plain-1"),
-        ("3 load", "ddp", "fsdp-2"),
-        ("3 load", "fsdp", "ddp-2"),
-    ],
-)
-def test_real_training_goes_on_in_another_world(name: str, engine: str, source: str, look: Look) -> None:
-    origin, size = source.split("-")
-    whole = look("alone, save" if size == "1" else "2 save", f"train_really {origin} float64")[0]
-    resumed = look(name, f"go_on_really {engine} float64 {source}")
-    # A softmax's gradients sum to zero over the classes. In that direction of the head there is nothing but rounding,
-    # 1e-17, which another number of processes rounds otherwise, and Adam divides it by eps, 1e-8.
-    assert distances(resumed[0]["weights"], whole["weights"], {torch.float64: 1e-8}) == {}
-    assert agree(resumed)
-
-
-@pytest.mark.parametrize("engine", ["fsdp", "ddp"])
-def test_flattened_state_dicts_go_on_bit_for_bit(engine: str, look: Look) -> None:
-    whole = look("2 save", f"train_really {engine} float32")
-    resumed = look("2 save", f"go_on_flattened {engine} float32")
-    assert [outcome["losses"] for outcome in whole] == [outcome["losses"] for outcome in resumed]
-    assert differences(whole[0]["weights"], resumed[0]["weights"]) == []
-
-
 # -- State dicts in memory --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["fsdp", "ddp"])
+def test_flattened_state_dicts_go_on_bit_for_bit(placement: str, look: Look) -> None:
+    outcome = look("2 save", f"go_on_flattened {placement}")[0]
+    assert differences(outcome["end"], {key: outcome[key] for key in outcome["end"]}) == []
 
 
 @pytest.mark.parametrize("placement", ["fsdp", "ddp"])
 def test_loading_the_own_state_changes_nothing(placement: str, look: Look) -> None:
     whole = look("2 save", f"uninterrupted {placement}")[0]
-    reloaded = look("2 again", f"load_own_in_place {placement}")
+    reloaded = look("2 save", f"load_own_in_place {placement}")
     assert differences(whole["weights"], reloaded[0]["weights"]) == []
     assert differences(whole["state"], reloaded[0]["state"]) == []
     assert agree(reloaded)
@@ -212,14 +169,14 @@ def test_loading_the_own_state_changes_nothing(placement: str, look: Look) -> No
 @pytest.mark.parametrize("placement", ["fsdp", "ddp"])
 def test_a_state_dict_is_of_one_moment(placement: str, look: Look) -> None:
     """Steps that follow change none of its tensors: with some that move and others that do not it would be useless."""
-    for outcome in look("2 again", f"keep_and_go_on {placement}"):
+    for outcome in look("2 save", f"keep_and_go_on {placement}"):
         assert outcome["size"] > 100
         assert outcome["moved"] == []
 
 
 @pytest.mark.parametrize("placement", ["fsdp", "ddp"])
 def test_asynchronous_saves_have_the_state_of_the_call(placement: str, look: Look) -> None:
-    outcome = look("2 again", f"save_asynchronously {placement}")[0]
+    outcome = look("2 save", f"save_asynchronously {placement}")[0]
     assert differences(outcome["at cut"], outcome["loaded"]) == []
     assert differences(outcome["end"]["weights"], outcome["resumed"]["weights"]) == []
     assert differences(outcome["end"]["state"], outcome["resumed"]["state"]) == []
@@ -229,8 +186,8 @@ def test_asynchronous_saves_have_the_state_of_the_call(placement: str, look: Loo
 def test_state_dicts_load_whoever_owned_what(placement: str, look: Look) -> None:
     """Groups in another order and added later, by torch's tools; and groups that were added later, by number."""
     for scenario in ("other_owners", "other_owners_save"):
-        outcomes = look("2 again", f"{scenario} {placement}")
-        assert outcomes[0]["moved"] > 5  # or there was nothing to see
+        outcomes = look("2 save", f"{scenario} {placement}")
+        assert outcomes[0]["moved"], "no owner has changed, so nothing was tested"
         assert distances(outcomes[0]["weights"], outcomes[0]["end"]["weights"]) == {}
         assert agree(outcomes)
 
@@ -275,7 +232,7 @@ def test_full_state_dicts_of_one_process_go_on_in_several(placement: str, how: s
 
 @pytest.mark.parametrize(
     ("name", "placement"),
-    cases(("2 save", "fsdp"), ("2 save", "ddp"), ("4 load", "fsdp"), ("4 load, more", "hsdp"), ("4 load, more", "tp")),
+    [("2 save", "fsdp"), ("2 save", "ddp"), ("4 load", "fsdp"), ("4 load", "hsdp"), ("4 load", "tp")],
 )
 def test_every_tensor_is_stored_once(name: str, placement: str, look: Look) -> None:
     alone = look("alone, save", "count_bytes single")[0]["here"]
@@ -288,7 +245,7 @@ def test_every_tensor_is_stored_once(name: str, placement: str, look: Look) -> N
 
 @pytest.mark.parametrize("placement", ["fsdp", "ddp"])
 def test_state_dicts_that_do_not_fit_are_refused_by_all(placement: str, look: Look) -> None:
-    outcomes = look("2 again", f"refuse {placement}")
+    outcomes = look("2 save", f"refuse {placement}")
     for outcome in outcomes:
         for attempt, raised in outcome["raised"].items():
             assert raised.startswith("ValueError: "), attempt

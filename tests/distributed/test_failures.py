@@ -1,7 +1,6 @@
 """Ranks that differ get an error that says how, on every rank; a rank that dies or hangs stops the others in time."""
 
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,79 +11,74 @@ from torch import nn
 from emerging_optimizers.soap import SOAP
 from tests.distributed import failures
 from tests.distributed.failures import SHAPES
-from tests.distributed.harness import Processes
+from tests.distributed.harness import Outcome, Processes
 from tests.distributed.scenarios import PLACEMENTS, Case
 
 LIST = "The processes have different parameters: first difference at number"
-OPTIONS = "The processes have different options: first difference at number"
 NAMES = ["first.weight", "second.weight", "bias"]
 
-#: What ranks 0 and 1 construct from (shapes, names, options), and what the error says.
-LISTS: dict[str, tuple[Any, Any, list[str]]] = {
+#: What ranks 0 and 1 construct from, by keywords of ``failures.construct``, and what the error says.
+LISTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "another shape": (
-        (SHAPES, None, {}),
-        (((4, 3), (5, 4), (7,)), None, {}),
+        {},
+        {"shapes": ((4, 3), (5, 4), (7,))},
         [f"{LIST} 1: rank 0 has parameter 1 of its group, shape (5, 3)", "; rank 1 has parameter 1", "shape (5, 4)"],
     ),
     "one parameter fewer": (
-        (SHAPES, None, {}),
-        (SHAPES[:2], None, {}),
+        {},
+        {"shapes": SHAPES[:2]},
         [f"{LIST} 2: rank 0 has parameter 2 of its group, shape (7,)", "rank 1 has nothing more"],
     ),
     "one parameter more": (
-        (SHAPES[:2], None, {}),
-        (SHAPES, None, {}),
+        {"shapes": SHAPES[:2]},
+        {},
         [f"{LIST} 2: rank 0 has nothing more; rank 1 has parameter 2 of its group, shape (7,)"],
     ),
     "another order": (
-        (SHAPES, NAMES, {}),
-        (SHAPES[1::-1] + SHAPES[2:], [*NAMES[1::-1], NAMES[2]], {}),
+        {"names": NAMES},
+        {"shapes": SHAPES[1::-1] + SHAPES[2:], "names": [*NAMES[1::-1], NAMES[2]]},
         [f"{LIST} 0: rank 0 has parameter 'first.weight'", "rank 1 has parameter 'second.weight'"],
     ),
     "another name": (
-        (SHAPES, NAMES, {}),
-        (SHAPES, [*NAMES[:2], "gain"], {}),
+        {"names": NAMES},
+        {"names": [*NAMES[:2], "gain"]},
         [f"{LIST} 2: rank 0 has parameter 'bias'", "rank 1 has parameter 'gain'"],
     ),
-    "max_precond_dim": (
-        (SHAPES, NAMES, {}),
-        (SHAPES, NAMES, {"max_precond_dim": 4}),
-        [OPTIONS, "max_precond_dim=10000", "max_precond_dim=4"],
-    ),
-    "precondition_1d": (
-        (SHAPES, NAMES, {}),
-        (SHAPES, NAMES, {"precondition_1d": True}),
-        [OPTIONS, "precondition_1d=False", "precondition_1d=True"],
-    ),
-    "merge_dims": (
-        (((4, 3), (2, 3, 4)), None, {}),
-        (((4, 3), (2, 3, 4)), None, {"merge_dims": True}),
-        [OPTIONS, "merge_dims=False", "merge_dims=True"],
-    ),
-    "precondition_frequency": (
-        (SHAPES, NAMES, {"precondition_frequency": 10}),
-        (SHAPES, NAMES, {"precondition_frequency": 5}),
-        [OPTIONS, "precondition_frequency=10", "precondition_frequency=5"],
-    ),
-    "state_dtype": (
-        (SHAPES, NAMES, {}),
-        (SHAPES, NAMES, {"state_dtype": torch.bfloat16}),
-        [OPTIONS, "state_dtype=None", "state_dtype=torch.bfloat16"],
-    ),
+    "another dtype": ({}, {"dtype": torch.bfloat16}, [f"{LIST} 0", "torch.float32", "torch.bfloat16"]),
+    "a frozen parameter": ({}, {"requires_grad": False}, [f"{LIST} 0", "requires_grad=True", "requires_grad=False"]),
 }
+#: Values on ranks 0 and 1.
+OPTIONS: dict[str, tuple[Any, Any]] = {
+    "max_precond_dim": (10000, 4),
+    "precondition_1d": (False, True),
+    "merge_dims": (False, True),
+    "precondition_frequency": (10, 5),
+    "state_dtype": (None, torch.bfloat16),
+    "nonfinite": ("skip", "raise"),
+    "max_update_rms": (0.0, 0.2),
+    "weight_decay_method": ("l2", "decoupled"),
+    "betas": ((0.9, 0.95), (0.9, 0.99)),
+}
+each_way = pytest.mark.parametrize("sharded", [False, True], ids=["plain", "shards"])
 
 
-def require_all_say(outcomes: list, *texts: str) -> None:
+def require_raised(outcome: Outcome) -> None:
+    """It ended with a RuntimeError: it did not crash, go on alone, or wait until it was killed."""
+    assert outcome.code == 0
+    assert outcome.error is not None
+    assert outcome.error.startswith("RuntimeError: ")
+
+
+def require_all_say(outcomes: list[Outcome], *texts: str) -> None:
     """Every rank ended with the same RuntimeError, which has these texts."""
     for outcome in outcomes:
+        require_raised(outcome)
         assert outcome.error == outcomes[0].error
-        assert outcome.error is not None
-        assert outcome.error.startswith("RuntimeError: ")
         for text in texts:
             assert text in outcome.error
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "shards"])
+@each_way
 @pytest.mark.parametrize("difference", LISTS)
 def test_ranks_with_different_parameters_learn_the_first_difference_at_construction(
     difference: str, sharded: bool, processes: Processes
@@ -93,29 +87,31 @@ def test_ranks_with_different_parameters_learn_the_first_difference_at_construct
     require_all_say(processes.outcomes(2, failures.construct, sharded, mine, theirs), *texts)
 
 
+@each_way
+@pytest.mark.parametrize("option", OPTIONS)
+def test_ranks_with_other_options_learn_it_at_construction(option: str, sharded: bool, processes: Processes) -> None:
+    mine, theirs = OPTIONS[option]
+    ranks = [{"options": {option: value}} for value in (mine, theirs)]
+    require_all_say(
+        processes.outcomes(2, failures.construct, sharded, *ranks),
+        "The processes have different options: first difference at number",
+        f"rank 0 has {option}={mine!r}",
+        f"rank 1 has {option}={theirs!r}",
+    )
+
+
 def test_the_first_rank_that_differs_is_named(processes: Processes) -> None:
-    same, other = (SHAPES, None, {}), (((4, 3), (5, 4), (7,)), None, {})
-    outcomes = processes.outcomes(4, failures.construct, False, same, same, other, same)
+    outcomes = processes.outcomes(4, failures.construct, False, {}, {}, {"shapes": ((4, 3), (5, 4), (7,))}, {})
     require_all_say(outcomes, "rank 0 has parameter 1 of its group, shape (5, 3)", "rank 2 has parameter 1")
 
 
-def test_ranks_with_other_dtypes_learn_it_at_construction(processes: Processes) -> None:
-    outcomes = processes.outcomes(2, failures.construct_with_dtypes, torch.float32, torch.bfloat16)
-    require_all_say(outcomes, f"{LIST} 0", "torch.float32", "torch.bfloat16")
-
-
-def test_ranks_of_which_one_has_frozen_a_parameter_learn_it_at_construction(processes: Processes) -> None:
-    outcomes = processes.outcomes(2, failures.construct_frozen)
-    require_all_say(outcomes, f"{LIST} 0", "requires_grad=True", "requires_grad=False")
-
-
-@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "shards"])
+@each_way
 def test_ranks_that_add_different_groups_learn_it(sharded: bool, processes: Processes) -> None:
     outcomes = processes.outcomes(2, failures.add_other_groups, sharded)
     require_all_say(outcomes, f"{LIST} 3", "shape (3, 3)", "shape (4, 4)")
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "shards"])
+@each_way
 @pytest.mark.parametrize("index", range(3))
 def test_ranks_that_differ_in_their_first_gradients_learn_it(sharded: bool, index: int, processes: Processes) -> None:
     outcomes = processes.outcomes(2, failures.lose_a_gradient, sharded, 0, index, {})
@@ -133,41 +129,18 @@ def test_ranks_that_differ_in_their_first_gradients_learn_it_with_raise_too(proc
     require_all_say(outcomes, "The processes have different gradients: first difference at number 1")
 
 
-#: Options that decide which collectives there are, or what is done to replicas apart.
-DECIDING = {
-    "nonfinite": ({"nonfinite": "skip"}, {"nonfinite": "raise"}),
-    "max_update_rms": ({"nonfinite": "propagate"}, {"nonfinite": "propagate", "max_update_rms": 0.2}),
-    "weight_decay_method": ({"weight_decay_method": "l2"}, {}),
-    "betas": ({}, {"betas": (0.9, 0.99)}),
-}
-
-
-@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "shards"])
-@pytest.mark.parametrize("option", DECIDING)
-def test_ranks_with_other_options_learn_it_at_construction(option: str, sharded: bool, processes: Processes) -> None:
-    outcomes = processes.outcomes(2, failures.step_with_other_options, sharded, *DECIDING[option], timeout=2)
-    require_all_say(outcomes, OPTIONS, f"rank 0 has {option}=", f"rank 1 has {option}=")
-
-
 def test_ranks_of_which_one_adds_a_group_all_stop_in_time(processes: Processes) -> None:
     for outcome in processes.outcomes(2, failures.add_a_group_on_one_rank, timeout=2):
-        assert outcome.code == 0
-        assert outcome.error is not None
-        assert outcome.error.startswith("RuntimeError: ")
+        require_raised(outcome)
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "shards"])
-@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize(("sharded", "index"), [(False, 0), (False, 2), (True, 1)])
 def test_ranks_that_come_to_differ_in_their_gradients_all_stop_in_time(
     sharded: bool, index: int, processes: Processes
 ) -> None:
-    started = time.monotonic()
     outcomes = processes.outcomes(2, failures.lose_a_gradient, sharded, 1, index, {}, timeout=3, limit=30)
-    assert time.monotonic() - started < 20
     for outcome in outcomes:
-        assert outcome.code == 0  # neither killed nor crashed
-        assert outcome.error is not None
-        assert outcome.error.startswith("RuntimeError: ")
+        require_raised(outcome)
 
 
 #: Placement, collective, which call of it, and what rank 1 does there.
@@ -191,7 +164,6 @@ DEATHS = [
 def test_a_rank_that_dies_or_hangs_in_a_step_makes_the_others_raise(
     placement: str, collective: str, call: int, what: str, processes: Processes
 ) -> None:
-    started = time.monotonic()
     outcomes = processes.outcomes(
         PLACEMENTS[placement][0],
         failures.train_until,
@@ -202,14 +174,10 @@ def test_a_rank_that_dies_or_hangs_in_a_step_makes_the_others_raise(
         timeout=3 if what == "hang" else 20,
         limit=6 if what == "hang" else 40,
     )
-    took = time.monotonic() - started
-    assert took < (15 if what == "hang" else 30)
     assert outcomes[1].code == -9
     for rank, outcome in enumerate(outcomes):
         if rank != 1:
-            assert outcome.code == 0, "it should raise, not crash or hang"
-            assert outcome.error is not None, "it went on alone"
-            assert outcome.error.startswith("RuntimeError: ")
+            require_raised(outcome)
 
 
 @pytest.mark.parametrize("placement", ["ddp of 2", "shard 0 of 2", "hsdp", "rows and columns"])
@@ -261,7 +229,7 @@ def test_an_optimizer_with_a_group_cannot_be_pickled(processes: Processes) -> No
             )
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+@each_way
 def test_the_file_of_one_rank_is_refused_by_the_others(sharded: bool, processes: Processes, tmp_path: Path) -> None:
     outcomes = processes.run(2, failures.load_files, tmp_path, sharded)
     assert [outcome["own"] for outcome in outcomes] == ["returned None"] * 2, "a file per rank is whole"
@@ -306,7 +274,7 @@ def test_an_expert_that_is_idle_on_its_processes_alone_does_not_stop_the_others(
             assert torch.equal(with_all[1], with_one_idle[1]) == (rank > 1 or step < 2)
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "shards"])
+@each_way
 def test_a_nan_that_one_rank_has_seen_makes_all_raise(sharded: bool, processes: Processes) -> None:
     for said, unchanged in processes.run(2, failures.raise_on_nan_of_one, sharded, timeout=5):
         assert said.startswith("RuntimeError: The gradient of parameter 1 of its group, shape (5, 3) has NaN")

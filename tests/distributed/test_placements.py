@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.distributed import models, scenarios
 from tests.distributed.harness import Processes
-from tests.distributed.scenarios import PLACEMENTS, Case
+from tests.distributed.scenarios import MAGNIFIED, PLACEMENTS, Case
 
 #: A gradient missing at the first step, in the middle, of a whole run of steps; of a matrix, a vector, the scalar.
 MISSING = frozenset({(0, 1), (0, 5), (3, 0), (4, 0), (5, 8), (6, 6), (7, 4)})
@@ -89,12 +89,10 @@ def cases() -> dict[str, Case]:
         add(placement, "many rounds", EVERY_3, 9, chunk=20)
         add(placement, "a round each", EVERY_3, 6, chunk=1)
         add(placement, "NaN skipped", EVERY_3, 9, spoilt=SPOILT, chunk=60)
-        add(placement, "NaN skipped by masks", EVERY_3, 9, spoilt=SPOILT, chunk=60, masks=True)
         add(placement, "NaN raised", {"nonfinite": "raise"}, 8, spoilt=SPOILT)
         add(placement, "a group added", EVERY_3, 8, late=5)
         add(placement, "copied", EVERY_3, 8, copied=4)
     for placement in ("ddp of 2", "shard 0 of 2"):
-        add(placement, "masks", EVERY_3, 9, masks=True)
         add(placement, "NaN skipped with l2", MODES["l2 decay"], 8, spoilt=SPOILT)
         spoilt = {(2, 5): "first", (2, 7): "last"}
         add(placement, "NaN propagated", {"nonfinite": "propagate", "use_eigh": True}, 4, spoilt=spoilt)
@@ -107,6 +105,9 @@ def cases() -> dict[str, Case]:
             add(placement, f"bfloat16, {mode}", MODES[mode], 9, dtype=torch.bfloat16)
     add("hsdp", "float32", EVERY_3, 30, dtype=torch.float32)
     add("hsdp", "bfloat16", EVERY_3, 9, dtype=torch.bfloat16)
+    for placement in ("ddp of 2", "shard 0 of 2", "hsdp"):  # a new optimizer would choose other owners
+        shapes = ((4, 3), (5, 3), (7,), (6, 6), (9, 2), (20, 20))
+        add(placement, "copied with its owners", {}, 7, missing=frozenset(), shapes=shapes, late=3, copied=5)
     for placement in ("ddp of 4", "shard 0 of 4", "hsdp"):
         add(placement, "fewer matrices than processes", {}, 6, shapes=((2, 4), (3,)))
     return found
@@ -115,51 +116,68 @@ def cases() -> dict[str, Case]:
 CASES = cases()
 
 
-@pytest.fixture(scope="session")
-def in_one_process(processes: Processes) -> Callable[[Case], dict[str, Any]]:
-    """What a case comes to in one process, with plain parameters; remembered."""
+def alone(case: Case) -> Case:
+    """The same in one process, with plain parameters."""
+    staggered = "stagger_updates" in repr(case)
+    processes = PLACEMENTS[case.placement][0] if staggered else 0
+    return replace(case, placement="one process", chunk=None, stagger_processes=processes)
+
+
+Results = Callable[[str], tuple[dict[str, Any], list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def results(processes: Processes) -> Results:
+    """What a case comes to in one process, and in each that takes part; all cases of a placement run in one group."""
     known: dict[str, dict[str, Any]] = {}
 
-    def run(case: Case) -> dict[str, Any]:
-        staggered = "stagger_updates" in repr(case)
-        processes_for = PLACEMENTS[case.placement][0] if staggered else 0
-        alone = replace(case, placement="one process", chunk=None, stagger_processes=processes_for)
-        if repr(alone) not in known:
-            (known[repr(alone)],) = processes.run(1, scenarios.train, alone)
-        return known[repr(alone)]
+    def run(size: int, cases: list[Case]) -> list[list[Any]]:
+        found = processes.run(size, scenarios.train_all, cases, limit=300)
+        return [list(one) for one in zip(*found, strict=False)]  # shorter where one has failed
 
-    return run
+    def look(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        placement = CASES[name].placement
+        if placement not in known:
+            cases = {other: case for other, case in CASES.items() if case.placement == placement}
+            plain = run(1, [alone(case) for case in cases.values()])
+            placed = run(PLACEMENTS[placement][0], list(cases.values()))
+            known[placement] = dict(zip(cases, zip(plain, placed, strict=False), strict=False))
+        assert name in known[placement], "not tried, since another case of this placement has failed"
+        (wanted,), found = known[placement][name]
+        assert not any(isinstance(one, str) for one in (wanted, *found)), (wanted, *found)
+        return wanted, [one for one in found if one is not None]
+
+    return look
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_training_equals_that_of_one_process(
-    case: Case, processes: Processes, in_one_process: Callable[[Case], dict[str, Any]]
-) -> None:
-    wanted = in_one_process(case)
-    size = PLACEMENTS[case.placement][0]
-    found = [result for result in processes.run(size, scenarios.train, case) if result is not None]
+@pytest.mark.xdist_group("placements")
+@pytest.mark.parametrize("name", CASES)
+def test_training_equals_that_of_one_process(name: str, results: Results) -> None:
+    case, (wanted, found) = CASES[name], results(name)
     for result in found:
         for index, (weight, other) in enumerate(zip(result["weights"], wanted["weights"], strict=True)):
-            require_close(weight, other, case.dtype, f"parameter {index}")
+            require_close(weight, other, case, f"parameter {index}")
         assert result["errors"] == wanted["errors"]
         assert list(result["state"]) == list(wanted["state"])
         for number, state in wanted["state"].items():
             assert list(result["state"][number]) == list(state)
             for key, value in state.items():
-                require_close(result["state"][number][key], value, case.dtype, f"{key} of parameter {number}")
+                require_close(result["state"][number][key], value, case, f"{key} of parameter {number}")
         assert_bit_identical(result["weights"], found[0]["weights"])
 
 
-def require_close(found: Tensor, wanted: Tensor, dtype: torch.dtype, name: str) -> None:
-    """Relative to the largest entry: 1e-12 for float64 parameters, else 1e-6; NaN and Inf in the same places."""
+def require_close(found: Tensor, wanted: Tensor, case: Case, name: str) -> None:
+    """Relative to the largest entry, to rounding; NaN and Inf in the same places."""
     assert found.dtype == wanted.dtype
     assert found.shape == wanted.shape
     finite = wanted.isfinite()
     assert torch.equal(finite, found.isfinite()), name
+    narrow = case.options.get("state_dtype") or case.dtype
+    roundings = 4 if narrow.itemsize == 2 else MAGNIFIED  # in 16 bits a neighbour, of what another has made of it
     if finite.any():
         error = (found.double() - wanted.double())[finite].abs().max()
         largest = wanted.double()[finite].abs().max()
-        assert error <= (1e-12 if dtype == torch.float64 else 1e-6) * largest, f"{name} is off by {error / largest:.1e}"
+        assert error <= roundings * torch.finfo(narrow).eps * largest, f"{name} is off by {error / largest:.1e}"
 
 
 def assert_bit_identical(some: list[Tensor], others: list[Tensor]) -> None:
@@ -168,18 +186,7 @@ def assert_bit_identical(some: list[Tensor], others: list[Tensor]) -> None:
         assert torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
 
 
-@pytest.mark.parametrize("placement", ["ddp of 2", "shard 0 of 2", "hsdp"])
-def test_a_copy_keeps_owners_that_a_new_optimizer_would_choose_otherwise(
-    placement: str, processes: Processes, in_one_process: Callable[[Case], dict[str, Any]]
-) -> None:
-    shapes = ((4, 3), (5, 3), (7,), (6, 6), (9, 2), (20, 20))
-    case = Case(placement, shapes=shapes, steps=7, late=3, copied=5)
-    wanted = in_one_process(case)
-    for result in processes.run(PLACEMENTS[placement][0], scenarios.train, case):
-        for weight, other in zip(result["weights"], wanted["weights"], strict=True):
-            require_close(weight, other, case.dtype, "a parameter")
-
-
+HALF_THE_DIGITS = torch.finfo(torch.float64).eps ** 0.5  # are left of a rounding that training feeds back
 MODELS = {"DDP": 2, "DDP of 4": 4, "fully_shard": 2, "fully_shard of 4": 4, "HSDP": 4, "TP": 2, "FSDP and TP": 4}
 
 
@@ -193,8 +200,8 @@ def test_a_model_trained_by_a_real_engine_equals_one_process_on_the_joint_batch(
         assert list(result["weights"]) == list(wanted["weights"])
         for name, weight in wanted["weights"].items():
             error = (result["weights"][name] - weight).abs().max() / weight.abs().max()
-            assert error <= 1e-9, f"{name} is off by {error:.1e}"
-        assert result["losses"] == pytest.approx(wanted["losses"], rel=1e-9)
+            assert error <= HALF_THE_DIGITS, f"{name} is off by {error:.1e}"
+        assert result["losses"] == pytest.approx(wanted["losses"], rel=HALF_THE_DIGITS)
         assert_bit_identical(list(result["weights"].values()), list(found[0]["weights"].values()))
     assert wanted["losses"][-1] < 0.5 * wanted["losses"][0]
 

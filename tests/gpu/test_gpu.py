@@ -57,19 +57,24 @@ def test_a_step_without_a_refresh_waits_for_nothing(mode: str, lr: str, spoiled:
     assert int(optimizer.state[parameters[0]]["skipped_steps"]) == 3 * spoiled
 
 
+STEPS = 12
+#: An eigenvector turns by a rounding over its gap (1e-5, say), Adam divides by eps (1e-4), in each step.
+ROUNDING = STEPS * torch.finfo(torch.float64).eps / 1e-5 / 1e-4
+
+
 # The basis of a null space is arbitrary, and rounded to bfloat16 it lets through what an exact one does not.
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "packed, bfloat16"])
 def test_a_gpu_does_what_the_cpu_does(mode: str) -> None:
     options = {"lr": 1e-2, **MODES[mode], "eps": 1e-4}
     here, there = parameters_on("cpu", torch.float64), parameters_on("cuda", torch.float64)
     on_cpu, on_gpu = SOAP(here, **options), SOAP(there, **options)
-    for step in range(12):
+    for step in range(STEPS):
         set_gradients(here, step)
         set_gradients(there, step)
         on_cpu.step()
         on_gpu.step()
     for p, q in zip(here, there, strict=True):
-        torch.testing.assert_close(q.cpu(), p, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(q.cpu(), p, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_a_skipped_gradient_is_told_within_a_few_steps(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,62 +1,53 @@
-"""Trains in the mode that argv names, and prints by how much memory grew between the two steps that it names next.
+"""Trains in every mode, and prints by how much memory grew between the two steps that argv names.
 
 A process of its own, because what other tests leave to the garbage collector would be counted too.
 """
 
-import contextlib
 import ctypes
 import gc
 import json
 import logging
 import sys
-import tracemalloc
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from emerging_optimizers.soap import SOAP, state
+from emerging_optimizers.soap import SOAP
 
-PAGE = 4096
 MODES = {
-    "default": ({}, False),
-    "masks, bfloat16": ({"weight_decay_method": "l2", "max_update_rms": 1.0, "precondition_1d": True}, True),
-    "packed, 16-bit state": ({"pack_factors": True, "state_dtype": torch.bfloat16, "precondition_frequency": 3}, False),
-    "kl, eigh, schedule": (
-        {
-            "use_kl_shampoo": True,
-            "use_eigh": True,
-            "use_adaptive_criteria": True,
-            "precondition_frequency": lambda step: 4 + step % 4,
-        },
-        False,
-    ),
+    "default": {},
+    "l2, bfloat16": {"weight_decay_method": "l2", "max_update_rms": 1.0, "precondition_1d": True},
+    "packed, 16-bit state": {"pack_factors": True, "state_dtype": torch.bfloat16, "precondition_frequency": 3},
+    "kl, eigh, schedule": {
+        "use_kl_shampoo": True,
+        "use_eigh": True,
+        "use_adaptive_criteria": True,
+        "precondition_frequency": lambda step: 4 + step % 4,
+    },
 }
 
 
-def resident_bytes() -> int:
-    """What the process holds, once malloc has been asked to return what it keeps for later."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+class MallocInfo(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
 
-
-def live_tensors() -> int:
-    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+    NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in NAMES.split()]
 
 
 def measure() -> dict[str, int]:
-    """Bytes of Python objects, live tensors, resident bytes."""
+    """Python objects, tensors, and the bytes that malloc has handed out, where C++ keeps what Python does not see."""
     gc.collect()
-    return {"python": tracemalloc.get_traced_memory()[0], "tensors": live_tensors(), "resident": resident_bytes()}
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = MallocInfo
+    info = mallinfo2()
+    tensors = sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+    return {"objects": sys.getallocatedblocks(), "tensors": tensors, "bytes": info.uordblks + info.hblkhd}
 
 
 def growth(mode: str, first: int, last: int, leak: list[Tensor] | None = None) -> dict[str, int]:
-    options, masks = MODES[mode]
-    state.masks_on = lambda device: masks
     dtype = torch.bfloat16 if "bfloat16" in mode else torch.float32
     parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in [(6, 10), (5,)]]
-    optimizer = SOAP(parameters, lr=0.01, **options)
+    optimizer = SOAP(parameters, lr=0.01, **MODES[mode])
     generator = torch.Generator().manual_seed(0)
     before: dict[str, int] = {}
     for step in range(1, last + 1):
@@ -77,6 +68,7 @@ def growth(mode: str, first: int, last: int, leak: list[Tensor] | None = None) -
 
 if __name__ == "__main__":
     logging.disable()
-    tracemalloc.start()
-    mode, first, last = sys.argv[1:4]
-    print(json.dumps(growth(mode, int(first), int(last), [] if "leak" in sys.argv else None)))
+    first, last = map(int, sys.argv[1:])
+    print(
+        json.dumps({mode: growth(mode, first, last) for mode in MODES} | {"leak": growth("default", first, last, [])})
+    )

@@ -1,17 +1,18 @@
 """One phase of the resume tests: ``python -m tests.reliability.resume_worker PHASE FOLDER``, each phase a new process.
 
-``whole`` trains every mode without a break, ``first`` trains and saves at each cut, ``second`` loads each cut and goes
-on. What a phase has to show goes to ``FOLDER/PHASE.pt``; the checkpoints are files of their own.
+``first`` trains every mode and saves at each cut, ``second`` loads each cut and goes on. What a phase has to show goes
+to ``FOLDER/PHASE.pt``; the checkpoints are files of their own.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from emerging_optimizers.routing import route_parameters
@@ -104,40 +105,21 @@ def groups(case: str, model: nn.Module) -> Any:
     return model.parameters()
 
 
-def clone(value: Any) -> Any:
-    """Copy a state, so that it stays as it is while the training goes on."""
-    if isinstance(value, dict):
-        return {key: clone(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [clone(inner) for inner in value]
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def phase_whole(case: str, _: Path) -> Any:
+def phase_first(case: str, path: str) -> Any:
     training = Training(case, seed=0)
-    shown = {}
     for step in range(1, STEPS + 1):
         training.step()
         if step in CUTS:
-            shown[step] = clone(training.state())
-    return {**shown, STEPS: training.state()}
+            torch.save(training.state(), f"{path}-{step}.pt")
+    return training.state()
 
 
-def phase_first(case: str, folder: Path) -> Any:
-    training = Training(case, seed=0)
-    for step in range(1, max(CUTS) + 1):
-        training.step()
-        if step in CUTS:
-            torch.save(training.state(), folder / f"{list(CASES).index(case)}-{step}.pt")
-    return {}
-
-
-def phase_second(case: str, folder: Path) -> Any:
+def phase_second(case: str, path: str) -> Any:
     shown = {}
     for cut in CUTS:
         training = Training(case, seed=5)
-        training.load(torch.load(folder / f"{list(CASES).index(case)}-{cut}.pt", weights_only=True))
-        loaded = clone(training.state())
+        training.load(torch.load(f"{path}-{cut}.pt", weights_only=True))
+        loaded = copy.deepcopy(training.state())
         for _ in range(cut, STEPS):
             training.step()
         shown[cut] = {"loaded": loaded, "end": training.state()}
@@ -146,11 +128,11 @@ def phase_second(case: str, folder: Path) -> Any:
 
 def run(phase: str, folder: Path) -> None:
     """Go through all cases; an error is what that case shows."""
-    work = {"whole": phase_whole, "first": phase_first, "second": phase_second}[phase]
+    work = {"first": phase_first, "second": phase_second}[phase]
     results = {}
-    for case in CASES:
+    for number, case in enumerate(CASES):
         try:
-            results[case] = work(case, folder)
+            results[case] = work(case, str(folder / str(number)))
         except Exception as error:  # told by the test of that case, not of all
             results[case] = {"error": f"{type(error).__name__}: {error}"}
     torch.save(results, folder / f"{phase}.pt")

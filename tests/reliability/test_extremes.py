@@ -1,9 +1,7 @@
-"""Gradients, weights, learning rates and step counts at the ends of what there is: all stays finite and bounded.
-
-Every mode runs on the CPU's ordinary path and on the masked one, which is what a GPU does.
-"""
+"""Gradients, weights, learning rates and step counts at the ends of what there is: all stays finite and bounded."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,7 +10,6 @@ from torch import Tensor, nn
 
 from emerging_optimizers.schedules import LinearFrequency
 from emerging_optimizers.soap import SOAP
-from emerging_optimizers.soap import state as state_module
 from tests.unit.test_soap import Everything, new_model, train
 
 MODES: dict[str, dict] = {
@@ -27,12 +24,7 @@ MODES: dict[str, dict] = {
 SHAPES = [(6, 4), (4, 9), (5,), (1, 7), (1, 1), (1,), (2, 3, 4), (4, 1, 3, 3), ()]
 
 each_mode = pytest.mark.parametrize("mode", MODES)
-each_way = pytest.mark.parametrize(("frequency", "masks"), [(1, False), (5, True)])
-each_path = pytest.mark.parametrize("masks", [False, True], ids=["branches", "masks"])
-
-
-def set_path(monkeypatch: pytest.MonkeyPatch, masks: bool) -> None:
-    monkeypatch.setattr(state_module, "masks_on", lambda device: masks)
+each_frequency = pytest.mark.parametrize("frequency", [1, 5])
 
 
 def random_normal(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -119,6 +111,15 @@ def floats(optimizer: SOAP) -> Iterator[tuple[str, Tensor]]:
                 yield f"{key} of {i} {tuple(parameter.shape)}", value
 
 
+#: What a refresh accepts, in float32.
+ORTHONORMAL = 100 * torch.finfo(torch.float32).eps
+
+
+def orthogonality_error(basis: Tensor) -> float:
+    wide = basis.double()
+    return float((wide.mT @ wide - torch.eye(wide.shape[-1], dtype=torch.float64)).abs().max())
+
+
 def assert_sound(optimizer: SOAP) -> None:
     """Finite weights and state, second moments and counters not negative, bases orthonormal."""
     for name, value in floats(optimizer):
@@ -126,17 +127,13 @@ def assert_sound(optimizer: SOAP) -> None:
         if name.startswith(("exp_avg_sq", "step", "refresh_step", "skipped_steps")):
             assert (value >= 0).all(), name
         if name.startswith("Q_"):
-            gap = (value.double().T @ value.double() - torch.eye(len(value))).abs().max()
-            assert gap < 1e-5, f"{name}: {gap:.1e}"
+            assert orthogonality_error(value) <= ORTHONORMAL, name
 
 
-@each_way
+@each_frequency
 @each_mode
 @pytest.mark.parametrize("kind", GRADIENTS)
-def test_any_gradient_leaves_all_finite_and_no_step_beyond_adams_bound(
-    kind: str, mode: str, frequency: int, masks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_path(monkeypatch, masks)
+def test_any_gradient_leaves_all_finite_and_no_step_beyond_adams_bound(kind: str, mode: str, frequency: int) -> None:
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
     optimizer = SOAP(parameters, lr=1.0, weight_decay=0.0, precondition_frequency=frequency, **MODES[mode])
     for step in range(13):
@@ -156,13 +153,9 @@ def test_any_gradient_leaves_all_finite_and_no_step_beyond_adams_bound(
         assert skipped == {0}
 
 
-@each_path
 @each_mode
 @pytest.mark.parametrize("size", [300.0, 6e4])  # the squares overflow float16, and so do the sums of some
-def test_a_float16_gradient_whose_square_overflows_float16_is_used(
-    mode: str, size: float, masks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_path(monkeypatch, masks)
+def test_a_float16_gradient_whose_square_overflows_float16_is_used(mode: str, size: float) -> None:
     half = [nn.Parameter(torch.zeros(shape, dtype=torch.float16)) for shape in SHAPES]
     full = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
     optimizers = [SOAP(parameters, lr=0.1, **MODES[mode]) for parameters in (half, full)]
@@ -178,10 +171,8 @@ def test_a_float16_gradient_whose_square_overflows_float16_is_used(
     assert all(p.any() and int(optimizers[0].state[p]["skipped_steps"]) == 0 for p in half)
 
 
-@each_path
 @each_mode
-def test_a_float16_gradient_that_is_inf_is_skipped(mode: str, masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_path(monkeypatch, masks)
+def test_a_float16_gradient_that_is_inf_is_skipped(mode: str) -> None:
     parameters = [nn.Parameter(torch.zeros(shape, dtype=torch.float16)) for shape in SHAPES]
     optimizer = SOAP(parameters, lr=0.1, **MODES[mode])
     for step in range(9):
@@ -205,63 +196,40 @@ def full_loss(model: Everything) -> Tensor:
     return (model(tokens) - (tokens[:, 2:5].float().mean(1) - 5) / 2).square().mean()
 
 
-def recover(optimizer_class: type, options: dict, spike: float) -> tuple[int, float]:
-    """Steps after one gradient ``spike`` times too large until the loss is what it was; how many times it rose."""
+SPIKE = 1000.0
+#: Steps after which the second moment, SPIKE**2 at first, is what it was.
+FORGOTTEN = math.ceil(-math.log(SPIKE**2) / math.log(0.95))
+
+
+@each_frequency
+@each_mode
+@pytest.mark.parametrize("sign", [1, -1])
+def test_training_recovers_from_a_spike_of_1000_before_the_second_moment_has_forgotten_it(
+    sign: int, mode: str, frequency: int
+) -> None:
     model = new_model()
-    optimizer = optimizer_class(model.parameters(), lr=3e-2, **options)
-    before, worst = 0.0, 0.0
-    for step in range(40 + 1 + 200):
+    optimizer = SOAP(model.parameters(), lr=3e-2, precondition_frequency=frequency, **MODES[mode])
+    losses: list[float] = []
+    while len(losses) < 43 or losses[-1] > losses[40]:
+        assert len(losses) <= 40 + FORGOTTEN
         loss = full_loss(model)
-        if step == 40:
-            before = loss.item()
-        elif step > 40:
-            worst = max(worst, loss.item() / before)
-            if step > 42 and loss.item() <= before:
-                return step - 41, worst
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
-        if step == 40:
+        if len(losses) == 41:
             for p in model.parameters():
-                p.grad *= spike
+                p.grad *= sign * SPIKE
         optimizer.step()
-        if isinstance(optimizer, SOAP):
-            assert all(value.isfinite().all() for _, value in floats(optimizer))
-    return 200, worst
-
-
-#: Steps within which the loss must be back. The second moment forgets a spike of 1000 in 270 steps, whatever the
-#: optimizer. torch's AdamW needs 87 steps here, and SOAP where its second moments mix the most directions is between.
-RECOVERED_WITHIN = {"kl": 87, "kronecker": 87}
-
-
-@each_way
-@each_mode
-@pytest.mark.parametrize("spike", [1000.0, -1000.0])
-def test_training_recovers_from_a_spike_of_1000_in_60_steps_or_as_adamw_does(
-    spike: float, mode: str, frequency: int, masks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_path(monkeypatch, masks)
-    steps, rise = recover(SOAP, {"precondition_frequency": frequency, **MODES[mode]}, spike)
-    assert rise > 3, "the spike did no harm, so nothing was tested"
-    assert steps <= RECOVERED_WITHIN.get(mode, 60)
-
-
-def test_adamw_takes_longer_over_the_spike_than_any_mode_may() -> None:
-    steps, rise = recover(torch.optim.AdamW, {"betas": (0.9, 0.95)}, 1000.0)
-    assert rise > 3
-    assert steps >= max(RECOVERED_WITHIN.values())
+        assert all(value.isfinite().all() for _, value in floats(optimizer))
+    assert max(losses[41:]) > 3 * losses[40], "the spike did no harm, so nothing was tested"
 
 
 # --- learning rate, counters, weights -----------------------------------------------------------------------------
 
 
-@each_path
 @each_mode
 @pytest.mark.parametrize("zero", [0.0, 0, torch.tensor(0.0)], ids=["float", "int", "tensor"])
-def test_at_a_learning_rate_of_zero_no_weight_moves_and_the_state_does_as_ever(
-    mode: str, zero: float | Tensor, masks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_path(monkeypatch, masks)
+def test_at_a_learning_rate_of_zero_no_weight_moves_and_the_state_does_as_ever(mode: str, zero: float | Tensor) -> None:
     still, moving = ([nn.Parameter(random_normal(s, 77)) for s in SHAPES] for _ in range(2))
     start = [p.detach().clone() for p in still]
     options = {"weight_decay": 0.1, "weight_decay_method": "independent", **MODES[mode]}
@@ -311,13 +279,9 @@ def advance(parameters: list[nn.Parameter], optimizer: SOAP, steps: int, seed: i
     return seen
 
 
-@each_path
 @each_mode
 @pytest.mark.parametrize("start", [1_000_000 - 2, 2**24 - 3], ids=["a million", "2**24"])
-def test_steps_are_counted_and_refreshes_due_beyond_any_number_of_steps(
-    start: int, mode: str, masks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_path(monkeypatch, masks)
+def test_steps_are_counted_and_refreshes_due_beyond_any_number_of_steps(start: int, mode: str) -> None:
     parameters, optimizer = with_counter(start, {"precondition_frequency": 5, **MODES[mode]})
     seen = advance(parameters, optimizer, 15, seed=10)
     due, last = [], start - 1
@@ -355,14 +319,11 @@ def test_a_million_steps_of_counter_step_like_a_fresh_one_but_for_the_bias_corre
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)
 
 
-@each_way
+@each_frequency
 @each_mode
 @pytest.mark.parametrize("method", ["decoupled", "independent", "l2"])
 @pytest.mark.parametrize("size", [1e15, 1e30])
-def test_huge_weights_stay_finite_and_only_shrink(
-    size: float, method: str, mode: str, frequency: int, masks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_path(monkeypatch, masks)
+def test_huge_weights_stay_finite_and_only_shrink(size: float, method: str, mode: str, frequency: int) -> None:
     parameters = [nn.Parameter(size * random_normal(shape, 3)) for shape in SHAPES]
     start = [p.detach().abs().max() for p in parameters]
     options = {"weight_decay_method": method, "precondition_frequency": frequency, **MODES[mode]}
@@ -375,12 +336,8 @@ def test_huge_weights_stay_finite_and_only_shrink(
     assert all(p.detach().abs().max() <= most for p, most in zip(parameters, start, strict=True))
 
 
-@each_path
 @each_mode
-def test_a_gradient_that_overflows_again_and_again_does_not_stop_a_model(
-    mode: str, masks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_path(monkeypatch, masks)
+def test_a_gradient_that_overflows_again_and_again_does_not_stop_a_model(mode: str) -> None:
     model = new_model()
     optimizer = SOAP(model.parameters(), lr=3e-2, **MODES[mode])
 

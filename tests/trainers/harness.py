@@ -1,33 +1,36 @@
-"""Runs an example of ``examples/trainers`` as a user starts it: a process of its own, offline, in an empty folder."""
+"""Runs the examples as a user does, from any folder."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.trainers.runs import NEXT
+
 ROOT = Path(__file__).parents[2]
-LIMIT = 180  # seconds for one run; it takes about ten, most of them for imports
+LIMIT = 180  # seconds for all runs of an example; they take about ten, most of them for imports
 
 
 def run_example(
-    name: str,
-    *arguments: str | Path,
-    folder: Path,
-    fails: bool = False,
-    processes: int = 0,
-    imports: Sequence[Path] = (),
-) -> str:
-    """Standard output and error, in order, of ``python examples/trainers/NAME.py ARGUMENTS`` in ``folder``.
+    name: str, *steps: Sequence[str], folder: Path, processes: int = 0, imports: Sequence[Path] = ()
+) -> list[str]:
+    """Standard output and error, in order, of each run of ``examples/trainers/NAME.py`` in ``folder``.
 
-    With ``processes``, of that many under ``torchrun``. ``imports`` are further folders to import from.
+    Args:
+        name: The example.
+        *steps: ("run", arguments ...) or ("copy", from, to), between runs.
+        folder: The current one.
+        processes: So many under ``torchrun``; 0 for one without it.
+        imports: Further folders to import from.
     """
     path = os.pathsep.join(map(str, [ROOT, *imports]))
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
-    example = ROOT / "examples" / "trainers" / f"{name}.py"
+    driver, example = Path(__file__).with_name("runs.py"), ROOT / "examples" / "trainers" / f"{name}.py"
     done = subprocess.run(
-        [sys.executable, *torchrun, str(example), *map(str, arguments)],
+        [sys.executable, *torchrun, driver, example, json.dumps(steps)],
         cwd=folder,
         env={**os.environ, **settings, "GLOO_SOCKET_IFNAME": "lo"},
         stdin=subprocess.DEVNULL,
@@ -37,5 +40,5 @@ def run_example(
         timeout=LIMIT,
         check=False,
     )
-    assert (done.returncode != 0) == fails, done.stdout
-    return done.stdout
+    assert done.returncode == 0, done.stdout
+    return done.stdout.split(f"{NEXT}\n")[1:]

@@ -1,6 +1,5 @@
 """``examples/trainers/huggingface_trainer.py``: the groups of each way, and a resume that changes no bit."""
 
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,22 +16,25 @@ def losses(output: str) -> list[str]:
     return [line.split("'")[3] for line in output.splitlines() if line.startswith("{'loss'")]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
     arguments = ["--steps=22", "--save-every=11"]
-    whole = run_example(NAME, *arguments, "--output", "whole", folder=tmp_path)
+    whole, resumed, own = run_example(
+        NAME,
+        ("run", *arguments, "--output", "whole"),
+        ("copy", "whole/checkpoint-11", "resumed/checkpoint-11"),
+        ("run", *arguments, "--output", "resumed", "--resume"),
+        ("run", "--groups=trainer", "--steps=2", "--bf16", "--output", "run"),
+        folder=tmp_path,
+    )
     assert "SOAP, weight decay 0.01: transformer.h.0.attn.c_attn.weight and 7 more\n" in whole
     assert "AdamW, weight decay 0.01: transformer.wte.weight and 1 more\n" in whole
     assert "AdamW, weight decay 0.0: transformer.h.0.ln_1.weight and 17 more\n" in whole
     assert float(losses(whole)[-1]) < 3.5, "a guess among all bytes is at 5.5"
-
-    shutil.copytree(tmp_path / "whole" / "checkpoint-11", tmp_path / "resumed" / "checkpoint-11")
-    resumed = run_example(NAME, *arguments, "--output", "resumed", "--resume", folder=tmp_path)
     assert len(losses(resumed)) == 1, "it goes on after step 11, and reports at 20"
     for file in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
         assert file_differences(*(tmp_path / run / "checkpoint-22" / file for run in ("whole", "resumed"))) == [], file
 
-
-def test_trainers_own_groups_precondition_the_embeddings(tmp_path: Path) -> None:
-    output = run_example(NAME, "--groups=trainer", "--steps=2", "--bf16", "--output", "run", folder=tmp_path)
-    assert "SOAP, weight decay 0.01: transformer.wte.weight and 9 more\n" in output
-    assert "AdamW, weight decay 0.0: transformer.h.0.ln_1.weight and 17 more\n" in output
+    # The Trainer's own groups, which precondition the embeddings.
+    assert "SOAP, weight decay 0.01: transformer.wte.weight and 9 more\n" in own
+    assert "AdamW, weight decay 0.0: transformer.h.0.ln_1.weight and 17 more\n" in own

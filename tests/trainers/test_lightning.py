@@ -28,15 +28,14 @@ def states_of(checkpoint: Checkpoint) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.slow
 def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one_in_every_precision(tmp_path: Path) -> None:
-    arguments = ("--precision", *PRECISIONS, "--epochs", "2")
-    output = run_example("lightning_module", *arguments, folder=tmp_path)
-    uninterrupted = {precision: checkpoint_of(tmp_path / "checkpoints" / precision) for precision in PRECISIONS}
-    run_example("lightning_module", *arguments, "--resume", "1", folder=tmp_path)
+    run = ("run", "--precision", *PRECISIONS, "--epochs", "2")
+    kept = ("copy", "checkpoints", "uninterrupted")
+    output, _ = run_example("lightning_module", run, kept, (*run, "--resume", "1"), folder=tmp_path)
 
     for precision, weights in PRECISIONS.items():
         resumed = checkpoint_of(tmp_path / "checkpoints" / precision)
         assert resumed["global_step"] == 40
-        assert differences(resumed, uninterrupted[precision]) == []
+        assert differences(resumed, checkpoint_of(tmp_path / "uninterrupted" / precision)) == []
         assert {value.dtype for value in resumed["state_dict"].values()} == {weights}
         kept = {value.dtype for state in states_of(resumed) for key, value in state.items() if key[0] in "eGQ"}
         assert kept == {torch.float32}
@@ -47,7 +46,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one_in_every_precis
 
 @pytest.mark.slow
 def test_a_checkpoint_of_two_ddp_processes_has_the_state_that_was_divided_between_them(tmp_path: Path) -> None:
-    output = run_example("lightning_module", "--devices", "2", "--epochs", "1", folder=tmp_path)
+    (output,) = run_example("lightning_module", ("run", "--devices", "2", "--epochs", "1"), folder=tmp_path)
 
     assert "32-true: 10 steps" in output  # on each, half of the epoch
     checkpoint = checkpoint_of(tmp_path / "checkpoints" / "32-true")
@@ -56,7 +55,8 @@ def test_a_checkpoint_of_two_ddp_processes_has_the_state_that_was_divided_betwee
     bases = [state["Q_0"] for state in states_of(checkpoint) if "Q_0" in state]
     assert len(bases) == 3  # the matrices of the layers, which the two share out
     for basis in bases:
-        torch.testing.assert_close(basis.T @ basis, torch.eye(WIDTH), atol=1e-4, rtol=0)
+        # What a refresh accepts is orthonormal to some dozens of roundings.
+        torch.testing.assert_close(basis.T @ basis, torch.eye(WIDTH), atol=100 * torch.finfo().eps, rtol=0)
 
 
 def test_the_momentum_that_one_cycle_sets_reaches_the_first_moment_as_it_does_in_adamw() -> None:

@@ -15,7 +15,7 @@ def test_timm_makes_soap_by_name_with_its_decays_and_a_resumed_run_ends_with_the
     if imports and torch.version.cuda is None:
         (tmp_path / "sitecustomize.py").write_text(DECLARE_OPERATORS)
         imports = [tmp_path, *imports]
-    output = run_example("timm_registry", folder=tmp_path, imports=imports)
+    (output,) = run_example("timm_registry", ("run",), folder=tmp_path, imports=imports)
 
     assert "weights equal" in output
     groups = [line for line in output.splitlines() if "weight decay" in line]

@@ -13,7 +13,7 @@ from tests.trainers.separate import folders_with
 @pytest.mark.slow
 def test_a_run_resumed_from_torchtitans_containers_ends_with_the_same_weights(tmp_path: Path) -> None:
     imports = folders_with("torchtitan", "tyro", "docstring_parser", "typeguard", "spmd_types")
-    output = run_example("torchtitan_optimizer", folder=tmp_path, imports=imports)
+    (output,) = run_example("torchtitan_optimizer", ("run",), folder=tmp_path, imports=imports)
 
     assert "weights equal" in output
     first = float(output.partition("rank 0: loss ")[2].split()[0])
