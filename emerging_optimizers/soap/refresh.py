@@ -42,7 +42,7 @@ def refresh(s: Stack, axes: Sequence[int], o: Mapping[str, Any], finite: Tensor 
     for axis in axes:
         new[axis], order, turned, kept = new_bases(s.K[axis], s.Q[axis], s.based, o)
         if order is not None:
-            V = torch.take_along_dim(V, along(order, V, axis), 1 + axis)
+            V = V.gather(1 + axis, along(order, V, axis).expand_as(V))
         if turned is not None:
             refreshed = turned if refreshed is None else refreshed | turned
         failed |= kept
@@ -110,9 +110,9 @@ def new_bases(
         bases, failed = sorted_eigenvectors(K, Q)
     else:
         order = quotients.argsort(dim=-1, descending=True, stable=True)
-        columns = order.unsqueeze(-2)
+        columns = order.unsqueeze(-2).expand_as(Q)
         # Where this fails the old basis stays, in that order, to which V is permuted all the same.
-        bases, failed = orthonormal_columns(torch.take_along_dim(KQ, columns, -1), torch.take_along_dim(Q, columns, -1))
+        bases, failed = orthonormal_columns(KQ.gather(-1, columns), Q.gather(-1, columns))
         for _ in range(o["power_iter_steps"] - 1):
             with fp32_matmul_precision(o["qr_fp32_matmul_prec"]):
                 KQ = K @ bases
