@@ -87,8 +87,9 @@ def contract() -> str:
 
 
 def options(ours: bool) -> str:
-    """Name, default and meaning of the options, from the signature and the docstring of SOAP."""
+    """Name, default, values and meaning of the options, from signature, table of rules and docstring of SOAP."""
     from emerging_optimizers.soap import SOAP
+    from emerging_optimizers.soap.options import OPTIONS, Rule
 
     section = inspect.cleandoc(SOAP.__doc__ or "").split("\nArgs:\n", 1)[1].split("\n\n", 1)[0]
     meanings = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE))
@@ -100,8 +101,10 @@ def options(ours: bool) -> str:
         default = defaults[name]
         shown = f'"{default}"' if isinstance(default, str) else str(default)
         default_cell = "" if default is inspect.Parameter.empty else f"`{shown}`"
-        rows.append((f"`{name}`", default_cell, from_docstring(meanings[name])))
-    return markdown(("Option", "Default", "Meaning"), rows)
+        rule = OPTIONS.get(name, ())
+        values = rule.wanted if isinstance(rule, Rule) else ", ".join(f'"{value}"' for value in rule)
+        rows.append((f"`{name}`", default_cell, values, from_docstring(meanings[name])))
+    return markdown(("Option", "Default", "Values", "Meaning"), rows)
 
 
 def from_docstring(text: str) -> str:

@@ -232,7 +232,7 @@ def _state_to_load(
     for key, template in wanted.items():
         device = torch.device("cpu") if key in HOST_KEYS else parameter.device
         value = saved.get(key)
-        if value is None:  # a count of what went wrong, of which the state is from before it was counted
+        if key not in saved:  # a count of what went wrong, of which the state is from before it was counted
             value = torch.zeros(template.shape, dtype=template.dtype, device=device)
         if key in HOST_KEYS and isinstance(value, int | float) and not isinstance(value, bool):
             value = torch.tensor(float(min(value, 2 * LARGEST_COUNT)), dtype=torch.float64)  # no float holds 10**400
@@ -247,16 +247,16 @@ def _state_to_load(
                 f"the loaded state {key!r} of {name} must be a dense Tensor of numbers, got {value.layout} "
                 f"{value.dtype} on {value.device}"
             )
+        if key in COUNTERS:  # before any collective: all processes must come to the same answer
+            number = counts[key] = value.item()
+            if not (0 <= number <= LARGEST_COUNT and number % 1 == 0):
+                raise ValueError(f"the loaded state {key!r} of {name} must be an integer >= 0, got {number}")
+        value = value.detach()
         if shared is not None or hasattr(value, "device_mesh"):  # a DTensor may come where no parameter is shared
             from emerging_optimizers.soap.distributed.state_dicts import held_part
 
             ownership = None if shared is None else shared.loading.get(parameter)
             value = held_part(value, f"the loaded state {key!r} of {name}", key, parameter, ownership)
-        value = value.detach()
-        if key in COUNTERS and value.dim() == 0:  # not of a parameter that another process works on
-            number = counts[key] = value.item()
-            if not (0 <= number <= LARGEST_COUNT and number % 1 == 0):
-                raise ValueError(f"the loaded state {key!r} of {name} must be an integer >= 0, got {number}")
         state[key] = value.to(device, template.dtype, copy=True, memory_format=torch.contiguous_format)
     if counts.get("refresh_step", 0) > counts["step"]:
         raise ValueError(

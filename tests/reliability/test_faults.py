@@ -26,8 +26,8 @@ ROUTINES = {
     "geqrf": (torch, orthonormal_columns, "qr"),
     "householder_product": (torch.linalg, orthonormal_columns, "qr"),
 }
-#: What only reads a state, and goes on with the diagonal where it fails.
-READERS = {("health/measure.py", "eigvalsh")}
+#: What only reads a state, and goes on with the diagonal where it fails; and what times them on matrices of its own.
+READERS = {("health/measure.py", "eigvalsh"), *(("plan/calibration.py", name) for name in list(ROUTINES)[1:])}
 #: torch.linalg's functions that accept any matrix.
 CANNOT_FAIL = {"vector_norm", "matrix_norm", "norm", "diagonal", "matmul", "multi_dot", "cross", "vecdot"}
 DECOMPOSITIONS = (
