@@ -15,15 +15,7 @@ from torch import Tensor, nn
 
 
 class Route(NamedTuple):
-    """Where one parameter goes.
-
-    Attributes:
-        name: Its name in ``model.named_parameters()``.
-        shape: Its shape.
-        numel: Its number of entries.
-        optimizer: "soap", "adamw", or "frozen" (``requires_grad`` is off; in no group).
-        reason: Why, in a few words.
-    """
+    """Where one parameter goes, "soap", "adamw" or "frozen" (in no group), and why, in a few words."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,12 +42,7 @@ class Routing:
     def param_groups(
         self, soap: dict[str, Any] | None = None, adamw: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """Parameter groups for SOAP, with names; a kind without parameters makes no group.
-
-        Args:
-            soap: Options of the preconditioned group.
-            adamw: Options of the AdamW group, for instance its own ``lr``.
-        """
+        """Parameter groups for SOAP, with names and these options; a kind without parameters makes no group."""
         return _two_groups(soap or {}, self.soap, adamw or {}, self.adamw)
 
     def split(self, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

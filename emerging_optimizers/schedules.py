@@ -52,9 +52,6 @@ class ConstantFrequency(_Schedule):
     Args:
         frequency: Steps from one refresh to the next, at least 1.
 
-    Raises:
-        TypeError, ValueError: If ``frequency`` is not an int, or below 1.
-
     Example:
         >>> ConstantFrequency(10)(12345)
         10
@@ -74,9 +71,6 @@ class LinearFrequency(_Schedule):
         start: Frequency at step 0, at least 1.
         end: Frequency from step ``steps`` on, at least 1; may be below ``start``.
         steps: Length of the change in steps, at least 1.
-
-    Raises:
-        TypeError, ValueError: If an argument is not an int, or below 1.
 
     Example:
         >>> schedule = LinearFrequency(start=1, end=10, steps=900)

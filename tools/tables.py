@@ -317,7 +317,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning-rates": learning_rates,
     "refresh-frequency": refresh_frequency,
     "step-time": lambda: step_time("step_time"),
-    "step-time-amd": lambda: step_time("step_time_amd"),
     "state-size": state_size,
     "overhead": overhead,
     "concept": concept,

@@ -11,7 +11,6 @@ class FactorHealth:
     """One axis of a preconditioned tensor. None stands for: not defined yet.
 
     Attributes:
-        axis: The axis of the working shape.
         orthogonality: ``max |Q^T Q - I|``; None before the first refresh.
         residual: What of ``K`` is not diagonal in the basis, ``|offdiag(Q^T K Q)|_F / |K|_F``, from 0 (fresh) to 1.
             None before the first refresh and for a factor of zeros.
@@ -21,7 +20,6 @@ class FactorHealth:
             epsilon times the largest, which is where the rounding of ``K`` hides it: at most 8.4e6 in float32.
         dead_share: The share of the axis's indices along which the gradient has always been exactly zero.
         spectrum: The eigenvalues, largest first, not below 0; empty for a factor that is not finite.
-        basis_dtype: The dtype that ``Q`` is kept in, as "float32".
     """
 
     axis: int
@@ -43,7 +41,6 @@ class TensorHealth:
     Attributes:
         shape: Of its moments: its own, or that of the piece which this process has of a tensor that gets AdamW.
         preconditioned: Whether it has factors; otherwise it gets plain AdamW, and fewer measurements.
-        weight_dtype: The parameter's dtype, as "bfloat16"; None where the weight is not known.
         step: Steps done, skipped ones included.
         skipped_steps: Those in which the gradient could not be used.
         failed_refreshes: Those in which a decomposition failed for good and the last good basis stayed.
@@ -55,8 +52,6 @@ class TensorHealth:
         update_rms: ``lr * direction_rms``, with the learning rate that the group has now.
         update_ratio: ``update_rms / weight_rms``; None for a weight of zeros.
         dead: Whether the second moment is zero everywhere: no usable gradient but zero has ever come.
-        finite: Whether the moments and factors are.
-        adaptive: Whether the adaptive criterion may leave a basis alone.
     """
 
     name: str

@@ -78,14 +78,7 @@ def read_results(file: Path) -> dict[str, Any]:
 
 
 def claim_folder(folder: Path, results: str, kind: str, owner: str) -> None:
-    """Make the output folder, or take over one whose file ``results`` is of the same format, and no other.
-
-    Args:
-        folder: the folder.
-        results: the name of the JSON file that it would hold.
-        kind: the format that this file names.
-        owner: whose it would be, in words.
-    """
+    """Make the output folder of ``owner``, or take over one whose JSON file ``results`` is of the format ``kind``."""
     if folder.is_dir() and any(folder.iterdir()) and read_results(folder / results).get("format") != kind:
         raise LabError(f"--out {folder}: the folder is not empty and not {owner}; name another with --out")
     try:

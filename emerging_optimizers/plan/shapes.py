@@ -18,14 +18,7 @@ BY_NAME = "embeddings and output head told by their names"
 
 
 class Model(NamedTuple):
-    """The parameters of a model, without the parameters.
-
-    Attributes:
-        name: What to call it.
-        routes: One :class:`~emerging_optimizers.routing.Route` per parameter, in the model's order.
-        dtypes: The dtype of each, in the same order.
-        note: What was assumed, in words; empty: nothing.
-    """
+    """Route and dtype of each parameter of a model, in its order; and in ``note``, in words, what was assumed."""
 
     name: str
     routes: tuple[Route, ...]

@@ -251,13 +251,12 @@ def _state_to_load(
             number = counts[key] = value.item()
             if not (0 <= number <= LARGEST_COUNT and number % 1 == 0):
                 raise ValueError(f"the loaded state {key!r} of {name} must be an integer >= 0, got {number}")
-        value = value.detach()
         if shared is not None or hasattr(value, "device_mesh"):  # a DTensor may come where no parameter is shared
             from emerging_optimizers.soap.distributed.state_dicts import held_part
 
             ownership = None if shared is None else shared.loading.get(parameter)
             value = held_part(value, f"the loaded state {key!r} of {name}", key, parameter, ownership)
-        state[key] = value.to(device, template.dtype, copy=True, memory_format=torch.contiguous_format)
+        state[key] = value.detach().to(device, template.dtype, copy=True, memory_format=torch.contiguous_format)
     if counts.get("refresh_step", 0) > counts["step"]:
         raise ValueError(
             f"the loaded state 'refresh_step' of {name} must not be after 'step' ({counts['step']:g}), got "

@@ -1,8 +1,8 @@
 """When an eigenbasis is refreshed: every f steps, all together or spread over the period.
 
 Refreshed together, the matrices make every f-th step several times longer than the others. With ``stagger_updates``
-every axis of every tensor has a place of its own in the period, and is refreshed there, exactly f steps after the
-last time. The places depend on the parameter list, the options, f, and the number of workers that shared the matrices
+every axis of every tensor has a place of its own in the period, and is refreshed there, every f steps after the first
+time. The places depend on the parameter list, the options, f, and the number of workers that shared the matrices
 when they were made. That number stays in the group and is saved, so that a resumed run goes on with them.
 """
 

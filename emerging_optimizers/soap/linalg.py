@@ -103,7 +103,7 @@ def _rescued(
     """``decompose(matrices)``, and (B,), where nothing helped and the last good was kept.
 
     A matrix whose decomposition raises, or returns something that is not finite, is retried alone, in float64, on the
-    CPU, and then what was there stays.
+    CPU, and then what was there stays. On an accelerator only what raises is retried: to see more would be to wait.
     """
     result = _attempt(decompose, matrices)
     if result is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import expm1, log
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,40 +20,42 @@ from emerging_optimizers.soap.linalg import (
     where_stacked,
 )
 from emerging_optimizers.soap.precision import fp32_matmul_precision
-from emerging_optimizers.soap.state import Stack
+
+if TYPE_CHECKING:
+    from emerging_optimizers.soap.step import Stack
 
 
 def refresh(s: Stack, axes: Sequence[int], o: Mapping[str, Any], finite: Tensor | None = None) -> None:
     """New eigenbases along ``axes``, and the moments carried into them.
 
-    ``M`` is a vector and is carried exactly: out with the old bases, in with the new ones. ``V`` has no exact image. By
+    ``M`` is carried as a vector: out with the old bases, in with the new ones. ``V`` has no exact image. By
     rank, slot i belongs to the i-th largest eigendirection before and after. At the switch from Adam warm-up there is
     no rank, and the Kronecker estimate replaces it. Rotating ``V`` by the elementwise square of the rotation looks
     natural and trains worse than either.
 
     Args:
-        s: The stack, changed in place where ``finite``, (B,), is true.
+        s: The stack, changed in place.
         axes: Which bases; the first time those of all axes that have a factor.
         o: The options of the parameter group.
-        finite: None: all.
+        finite: (B,), the tensors to change; None: all.
     """
     V, refreshed, new = s.V, None, {}
     failed = torch.zeros(len(s.M), dtype=torch.bool, device=s.M.device)
     for axis in axes:
-        new[axis], order, turned, kept = new_bases(s.K[axis], s.Q[axis], s.based, o)
+        new[axis], order, renewed, stayed = new_bases(s.K[axis], s.Q[axis], s.based, o)
         if order is not None:
             V = V.gather(1 + axis, along(order, V, axis).expand_as(V))
-        if turned is not None:
-            refreshed = turned if refreshed is None else refreshed | turned
-        failed |= kept
+        if renewed is not None:
+            refreshed = renewed if refreshed is None else refreshed | renewed
+        failed |= stayed
     # Only along the axes that were refreshed: the other bases would take it out and in again.
-    old = {axis: s.Q[axis] for axis in axes} if s.based else {}
+    old = {axis: s.bases[axis] for axis in axes if s.based}
     M = where_stacked(refreshed, project(project_back(s.M, old), new), s.M)
     if not s.based or o["second_moment_refresh"] == "kronecker":
         V = where_stacked(refreshed, kronecker_estimate(s.V, s.K, {**s.Q, **new}), V)
     V = raise_to_floor(V, M, s.step - 1, o["betas"])
-    for kept, tensor in ((s.M, M), (s.V, V), *((s.Q[axis], new[axis]) for axis in axes)):
-        kept.copy_(where_stacked(finite, tensor, kept))
+    for target, tensor in ((s.M, M), (s.V, V), *((s.Q[axis], new[axis]) for axis in axes)):
+        target.copy_(where_stacked(finite, tensor, target))
     s.failed += failed if finite is None else failed & finite
 
 
@@ -63,12 +65,12 @@ def first_bases(s: Stack, o: Mapping[str, Any], finite: Tensor | None = None) ->
     A zero factor has no eigenbasis: layers behind a zero-initialised one, and tensors whose first gradient was skipped,
     wait. A tensor's factors are zero together.
     """
-    alive = next(iter(s.K.values())).flatten(1).any(1)
+    ready = next(iter(s.K.values())).flatten(1).any(1)
     if finite is not None:
-        alive &= finite
-    on_host = alive.cpu()  # eigh waits for the device anyway
+        ready &= finite
+    on_host = ready.cpu()  # eigh waits for the device anyway
     if bool(on_host.any()):
-        refresh(s, list(s.K), o, None if bool(on_host.all()) else alive)
+        refresh(s, list(s.K), o, None if bool(on_host.all()) else ready)
         s.refresh_step[on_host] = s.step
         s.based = True
 
@@ -164,7 +166,7 @@ def raise_to_floor(V: Tensor, M: Tensor, updates: int, betas: tuple[float, float
     hold a large ``M`` over a ``V`` that is still zero, and the next step is ``M / eps``. With the published defaults
     that happens to tensors whose factors have low rank, in their first steps.
 
-    ``updates``, ``i >= 0``, is how many updates the moments have seen.
+    ``updates``, ``i >= 0``, is how many updates the moments have seen, at most.
 
     Example:
         >>> raise_to_floor(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]), 1, (0.9, 0.95))

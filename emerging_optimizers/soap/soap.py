@@ -52,7 +52,8 @@ __all__ = [
 class SOAP(WeightDecayMixin, Optimizer):
     r"""SOAP, ShampoO with Adam in the Preconditioner's eigenbasis, and KL-SOAP.
 
-    One step for a matrix :math:`W` with gradient :math:`G`, in this order (arXiv 2409.11321, algorithm 3):
+    One step for a matrix :math:`W` with gradient :math:`G`, in this order (algorithm 3 of arXiv 2409.11321, but that
+    factors and bases come first, and that :math:`M` is kept in the bases):
 
     .. math::
         \begin{aligned}
@@ -117,7 +118,7 @@ class SOAP(WeightDecayMixin, Optimizer):
             leaves them: a process group or a mesh of one dimension. Each matrix is then worked on, and its state kept,
             by one of them, which sends the others its new weights. DTensors (FSDP2, HSDP, tensor parallelism) bring
             their mesh along and need no argument. Not an option of a group, and not saved. With several processes the
-            constructor, ``step``, ``state_dict`` and ``load_state_dict`` must be called by all.
+            constructor, ``add_param_group``, ``step``, ``state_dict`` and ``load_state_dict`` must be called by all.
 
     State, per parameter: ``step``, ``exp_avg``, ``exp_avg_sq`` (in the eigenbasis once there is one) and
     ``skipped_steps``; with preconditioned axes also ``refresh_step`` (the value of ``step`` after the last refresh),
@@ -217,7 +218,7 @@ class SOAP(WeightDecayMixin, Optimizer):
         self._shared = SharedParameters(process_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_shared": self._shared}
+        return {**super().__getstate__(), "_shared": self._shared, "_constructed": True}
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the options, for ``torch.save`` and ``torch.load(weights_only=True)``.
@@ -239,8 +240,7 @@ class SOAP(WeightDecayMixin, Optimizer):
 
         The saved options replace the optimizer's own, but for a ``precondition_frequency`` that is or was a callable:
         there the optimizer's own is kept, with a warning if only one of the two is a callable. A state without
-        entries, or from before an option existed, is accepted; the optimizer's own ``pack_factors`` and
-        ``state_dtype`` are then applied to it.
+        entries, or from before an option existed, is accepted; the optimizer's own value of the option then stands.
 
         Raises:
             TypeError, ValueError: Types, groups, options, keys or shapes do not fit. Nothing has changed then.

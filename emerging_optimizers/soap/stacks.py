@@ -1,9 +1,9 @@
 """Stacks: equal parameters of a group, worked on together, and the storage of their state.
 
-Parameters of one shape, working dtype and device are one stack; the batched kernels then do in one call what would be B
-calls. The state tensors of a parameter are views into the stack's storage: nothing is copied to batch it, and
-``state_dict()`` sees ordinary tensors per parameter. State that is kept smaller than the arithmetic wants it
-(``pack_factors``, ``state_dtype``) is expanded for one stack at a time, and put back.
+Parameters of one shape, working dtype, device and way of being kept are one stack; the batched kernels then do in one
+call what would be B calls. The state tensors of a parameter are views into the stack's storage: nothing is copied to
+batch it, and ``state_dict()`` sees ordinary tensors per parameter. State that is kept smaller than the arithmetic wants
+it (``pack_factors``, ``state_dtype``) is expanded for one stack at a time, and put back.
 
 Which parameters share a stack, and in which order, depends only on the group's parameter list and on which of them have
 state. A run that is resumed from a checkpoint therefore forms the same stacks, and rounds alike.
@@ -24,8 +24,8 @@ from emerging_optimizers.soap.due import Due, Schedule
 from emerging_optimizers.soap.incidents import report_skipped_gradient
 from emerging_optimizers.soap.linalg import where_stacked
 from emerging_optimizers.soap.options import name_of
-from emerging_optimizers.soap.state import Layout, Stack, layout_of, new_state, pack, unpack, working_dtype
-from emerging_optimizers.soap.step import norms, soap_step
+from emerging_optimizers.soap.state import Layout, layout_of, new_state, pack, unpack, working_dtype
+from emerging_optimizers.soap.step import Stack, norms, soap_step
 
 #: A stack of several parameters has at most this many elements per state tensor, which bounds the memory of a step.
 MOST_ELEMENTS = 2**22
@@ -93,9 +93,11 @@ class StackedState:
                 state[key] = view
             self._views.append((state, [(key, view, view.data_ptr()) for key, view in views]))
 
-    def stands(self) -> bool:
-        """Whether the members' states are still the views that were made here, and nobody else's tensors."""
-        for state, views in self._views:
+    def stands(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether the members' states are still those that were filled here, with views, and nobody else's tensors."""
+        for member, (state, views) in zip(self.members, self._views, strict=True):
+            if states.get(member.parameter) is not state:
+                return False
             for key, view, pointer in views:
                 if state.get(key) is not view or view.data_ptr() != pointer:
                     return False
@@ -201,7 +203,7 @@ class Run(NamedTuple):
             return soap_step(s, grad, group, self.due, finite, lambda stack: norms(stack) / entries), finite
 
     def move(self, update: Tensor, finite: Tensor | None) -> None:
-        """Steps 5 and 9: decays the weights and subtracts the update."""
+        """Decays the weights and subtracts the update."""
         moves = None if finite is None else finite.to(update.dtype)
         move_weights([member.held for member in self.members], update, moves, self.group)
 
@@ -308,7 +310,7 @@ def form_stacks(
     former.clear()
     for place, (kind, members) in enumerate(found):
         stack = kept[place]
-        if stack is None or not stack.stands():
+        if stack is None or not stack.stands(states):
             stack = kept[place] = None
             kept[place] = StackedState(kind, members, [states[member.parameter] for member in members], group)
         else:

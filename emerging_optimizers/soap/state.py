@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -16,37 +15,6 @@ HOST_KEYS = ("step", "refresh_step")
 
 #: What ``state_dtype`` may be besides None.
 STATE_DTYPES = (torch.float32, torch.bfloat16)
-
-
-@dataclass
-class Stack:
-    """The state of B equal tensors, as a step works on it: in the working dtype, changed in place.
-
-    Attributes:
-        step: The steps that they have done.
-        based: Whether any of them has an eigenbasis; without one ``Q`` is the identity.
-        M: First moment, (B, d_1, .., d_N), in the bases.
-        V: Second moment, likewise.
-        K: Kronecker factor of each preconditioned axis, (B, d_k, d_k).
-        Q: Eigenbasis of each preconditioned axis, likewise.
-        refresh_step: (B,), the value of ``step`` after the last refresh; empty where no axis has a factor.
-        failed: (B,), how many refreshes kept the last good basis; likewise.
-    """
-
-    step: int
-    based: bool
-    M: Tensor
-    V: Tensor
-    K: dict[int, Tensor]
-    Q: dict[int, Tensor]
-    refresh_step: Tensor
-    failed: Tensor
-
-    def __getitem__(self, rows: slice) -> Stack:
-        """Some of the tensors, as views."""
-        K, Q = ({axis: matrices[rows] for axis, matrices in several.items()} for several in (self.K, self.Q))
-        counters = (self.refresh_step[rows], self.failed[rows])
-        return Stack(self.step, self.based, self.M[rows], self.V[rows], K, Q, *counters)
 
 
 class Layout(NamedTuple):

@@ -1,4 +1,7 @@
-"""One step of SOAP and KL-SOAP on a stack of equal tensors, in the order of arXiv 2409.11321, algorithm 3.
+"""One step of SOAP and KL-SOAP on a stack of equal tensors: arXiv 2409.11321, algorithm 3.
+
+Its last lines come first: factors and bases are updated before the gradient is projected. The first moment is kept in
+the bases, so that it is carried at a refresh instead of projected in every step.
 
 A gradient ``G``, the moments ``M``, ``V`` and the update are (B, d_1, .., d_N); per axis k a Kronecker factor ``K[k]``
 and an eigenbasis ``Q[k]`` are (B, d_k, d_k), for the axes that have them. ``finite``, (B,), is false for the tensors
@@ -9,6 +12,7 @@ which is zero. It is None where nothing needs to be held back.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
@@ -17,7 +21,42 @@ from torch import Tensor
 
 from emerging_optimizers.soap.linalg import along, project, project_back, rayleigh_quotients, unfold, where_stacked
 from emerging_optimizers.soap.refresh import first_bases, refresh
-from emerging_optimizers.soap.state import Stack
+
+
+@dataclass
+class Stack:
+    """The state of B equal tensors, as a step works on it: in the working dtype, changed in place.
+
+    Attributes:
+        step: The steps that they have done.
+        based: Whether any of them has an eigenbasis; without one ``Q`` is the identity.
+        M: First moment, (B, d_1, .., d_N), in the bases.
+        V: Second moment, likewise.
+        K: Kronecker factor of each preconditioned axis, (B, d_k, d_k).
+        Q: Eigenbasis of each preconditioned axis, likewise.
+        refresh_step: (B,), the value of ``step`` after the last refresh that was due; empty where no axis has a factor.
+        failed: (B,), how many refreshes kept the last good basis; empty where no axis has a factor.
+    """
+
+    step: int
+    based: bool
+    M: Tensor
+    V: Tensor
+    K: dict[int, Tensor]
+    Q: dict[int, Tensor]
+    refresh_step: Tensor
+    failed: Tensor
+
+    def __getitem__(self, rows: slice) -> Stack:
+        """Some of the tensors, as views."""
+        K, Q = ({axis: matrices[rows] for axis, matrices in several.items()} for several in (self.K, self.Q))
+        counters = (self.refresh_step[rows], self.failed[rows])
+        return Stack(self.step, self.based, self.M[rows], self.V[rows], K, Q, *counters)
+
+    @property
+    def bases(self) -> dict[int, Tensor]:
+        """The eigenbases that there are."""
+        return self.Q if self.based else {}
 
 
 def norms(stack: Tensor) -> Tensor:
@@ -57,9 +96,8 @@ def soap_step(
         for rows, axes in due:
             refresh(s[rows], axes, o, None if finite is None else finite[rows])
             s.refresh_step[rows] = s.step
-    bases = s.Q if s.based else {}
-    direction = adam(project(grad, bases), s.M, s.V, s.step, o, finite)
-    update = project_back(direction, bases)
+    direction = adam(project(grad, s.bases), s.M, s.V, s.step, o, finite)
+    update = project_back(direction, s.bases)
     if o["max_update_rms"] > 0:  # Adafactor, arXiv 1804.04235, section 6
         update = update * along((o["max_update_rms"] / (rms(update) + 1e-7)).clamp(max=1.0), update)
     return update
@@ -75,7 +113,7 @@ def update_factors(s: Stack, grad: Tensor, o: Mapping[str, Any], finite: Tensor 
         b = 1 - (1 - b) / (1 - b**s.step)
     if o["use_kl_shampoo"]:
         # Without a basis the other factors are the identity, so that 1 / eps never enters the first update.
-        add_whitened_grams(s.K, s.Q if s.based else {}, grad, b, o["eps"], finite=finite)
+        add_whitened_grams(s.K, s.bases, grad, b, o["eps"], finite=finite)
     else:
         add_grams(s.K, grad, b, finite)
 

@@ -222,18 +222,15 @@ def test_another_number_of_groups_or_parameters_is_refused(configuration: Config
     assert saved_bytes(optimizer.state_dict()) == before
 
 
-def spoil(state: dict, how: str) -> None:
-    match how:
-        case "shape":
-            state["exp_avg_sq"] = torch.zeros(5, 7)
-        case "missing":
-            del state["exp_avg"]
-        case "type":
-            state["exp_avg"] = "a string"
+SPOIL = {
+    "shape": lambda state: state.update(exp_avg_sq=torch.zeros(5, 7)),
+    "missing": lambda state: state.pop("exp_avg"),
+    "type": lambda state: state.update(exp_avg="a string"),
+}
 
 
 @every_configuration(adamw_fails=NO_SHAPES)
-@pytest.mark.parametrize("how", ["shape", "missing", "type"])
+@pytest.mark.parametrize("how", SPOIL)
 @pytest.mark.parametrize("named", [False, True])
 def test_a_state_that_does_not_fit_is_refused_by_name_and_whole(
     configuration: Configuration, how: str, named: bool
@@ -244,8 +241,8 @@ def test_a_state_that_does_not_fit_is_refused_by_name_and_whole(
     take_steps(optimizer, parameters, 3)
     before, weights = saved_bytes(optimizer.state_dict()), snapshot(parameters)
     saved = copy.deepcopy(trained(configuration, steps=5)[1].state_dict())
-    spoil(saved["state"][2], how)
-    spoil(saved["state"][3], how)
+    SPOIL[how](saved["state"][2])
+    SPOIL[how](saved["state"][3])
     called = "parameter 'c'" if named else r"parameter 2 of its group, shape \(4, 3\)"
     with pytest.raises((TypeError, ValueError), match=called):
         optimizer.load_state_dict(saved)

@@ -5,13 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.contract.configurations import (
-    SHARED_INVALID,
-    SOAP_INVALID,
-    Configuration,
-    every_configuration,
-    option_of,
-)
+from tests.contract.configurations import SHARED_INVALID, SOAP_INVALID, Configuration, every_configuration, option_of
 from tests.contract.models import new_parameters, same, snapshot, take_steps
 
 GROUPS_ARE_NOT_LOOKED_AT = "AdamW validates the constructor's arguments and no group"
@@ -155,16 +149,8 @@ def test_options_may_change_between_steps(configuration: Configuration) -> None:
 @every_configuration()
 def test_keys_that_frameworks_put_into_groups_are_left_alone(configuration: Configuration) -> None:
     """Keys that frameworks put into groups (`foreach`, `fused`, `initial_lr`, `is_expert`) are kept and harmless."""
-    foreign = {
-        "foreach": None,
-        "fused": None,
-        "capturable": False,
-        "differentiable": False,
-        "initial_lr": 0.1,
-        "is_expert": True,
-        "lr_scale": 2.0,
-        "name": "decoder",
-    }
+    foreign = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
+    foreign |= {"initial_lr": 0.1, "is_expert": True, "lr_scale": 2.0, "name": "decoder"}
     parameters, added, plain = new_parameters(), new_parameters(), new_parameters()
     optimizer = configuration.optimizer([{"params": parameters, **foreign}])
     optimizer.add_param_group({"params": added, **foreign})

@@ -36,18 +36,16 @@ def test_a_step_in_the_backward_pass_equals_an_ordinary_one(configuration: Confi
 @pytest.mark.parametrize("clip", [lambda ps: clip_grad_norm_(ps, 0.1), lambda ps: clip_grad_value_(ps, 0.05)])
 def test_clipped_gradients_are_what_is_used(configuration: Configuration, clip: object) -> None:
     """Gradients that were clipped in place are what a step uses."""
-    parameters, control = new_parameters(), new_parameters()
-    optimizer, plain = configuration.optimizer(parameters, eps=0.1), configuration.optimizer(control, eps=0.1)
-    unclipped = new_parameters()
-    loose = configuration.optimizer(unclipped, eps=0.1)
+    parameters, control, unclipped = every = [new_parameters() for _ in range(3)]
+    optimizers = [configuration.optimizer(params, eps=0.1) for params in every]
     for step in range(4):
-        for params in (parameters, control, unclipped):
+        for params in every:
             give_gradients(params, step)
         clip(parameters)
         for p, q in zip(parameters, control, strict=True):
             q.grad = p.grad.clone()
-        for one in (optimizer, plain, loose):
-            one.step()
+        for optimizer in optimizers:
+            optimizer.step()
     assert same(parameters, control)
     assert not any(torch.equal(p, q) for p, q in zip(parameters, unclipped, strict=True))
 
@@ -56,10 +54,8 @@ def test_clipped_gradients_are_what_is_used(configuration: Configuration, clip: 
 def test_accumulated_gradients_equal_a_larger_batch(configuration: Configuration) -> None:
     """Gradients accumulated over several backward passes equal those of the whole batch."""
     model, plain = Net().double(), Net().double()
-    optimizer, control = configuration.optimizer(model.parameters()), configuration.optimizer(plain.parameters())
     # eps keeps directions without a gradient, whose rounding differs, from being scaled up
-    for one in (optimizer, control):
-        one.param_groups[0]["eps"] = 1e-3
+    optimizer, control = (configuration.optimizer(net.parameters(), eps=1e-3) for net in (model, plain))
     for step in range(4):
         images, targets = (x.double() for x in batch(step))
         optimizer.zero_grad()

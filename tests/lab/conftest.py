@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from emerging_optimizers.lab.cli import main
 from emerging_optimizers.lab.race.race import Record
 
 TINY = '''
@@ -108,6 +109,17 @@ def record() -> Callable[..., Record]:
         )
 
     return make
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a command says to a mistake: exit code 2 and one printable line, on stderr."""
+    assert main([*words]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("soap: ")
+    assert err.count("\n") == 1
+    assert (out + err).replace("\n", "").isprintable()
+    assert not out or words[0] == "race"  # which may have begun to talk
+    return err
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:

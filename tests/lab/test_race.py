@@ -78,7 +78,7 @@ def test_resuming_a_task_that_has_changed_is_refused(folder: Path) -> None:
         Race.restore(state)
 
 
-def test_a_run_with_a_loss_that_is_not_finite_is_stopped_and_said(folder: Path) -> None:
+def test_a_run_whose_loss_is_not_finite_is_stopped_and_one_that_ends_worse_than_it_began_is_told(folder: Path) -> None:
     race = play(Race(options("tiny_tasks:Explodes", rates={"adamw": (1e-2,)})))
     (run,) = race.runs
     assert race.finished
@@ -86,11 +86,8 @@ def test_a_run_with_a_loss_that_is_not_finite_is_stopped_and_said(folder: Path) 
     assert run.record.diverged.startswith("training loss nan at step")
     assert run.step < 30
     assert len(run.record.step_seconds) == run.step
-
-
-def test_a_run_that_ends_worse_than_it_began_has_diverged(folder: Path) -> None:
-    race = play(Race(options("tiny_tasks:Worsens", rates={"adamw": (1e-2,)})))
-    assert "worse than its start" in str(race.runs[0].record.diverged)
+    (run,) = play(Race(options("tiny_tasks:Worsens", rates={"adamw": (1e-2,)}))).runs
+    assert "worse than its start" in str(run.record.diverged)
 
 
 def test_the_schedule_warms_up_and_decays_to_zero() -> None:

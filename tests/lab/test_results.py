@@ -42,6 +42,8 @@ def test_the_best_learning_rate_is_reported_as_such(record: Make) -> None:
     (line,) = summarise(runs)
     assert (line.lr, line.rates, line.best) == (0.2, 3, 1.0)
     assert cells(line)[1] == "0.2 (best of 3)"
+    (line,) = summarise([record("soap", [5.0, 0.1], lr=1.0, diverged="nan"), record("soap", [5.0, 2.0], lr=0.1)])
+    assert line.lr == 0.1
 
 
 def test_seeds_are_paired_and_their_median_taken(record: Make) -> None:
@@ -57,6 +59,9 @@ def test_never_reaching_adamws_best_is_a_dash(record: Make) -> None:
     line = summarise([record("adamw", [5.0, 1.0]), record("muon", [5.0, 2.0])])[1]
     assert line.steps is None
     assert cells(line)[4:6] == ("-", "-")
+    lines = summarise([record("soap", [5.0, 1.0]), record("muon", [5.0, 2.0])])  # nor is there any
+    assert all(line.steps is None for line in lines)
+    assert "AdamW" not in verdict(lines, "loss", True)
 
 
 def test_a_diverged_run_is_no_number(record: Make) -> None:
@@ -64,24 +69,10 @@ def test_a_diverged_run_is_no_number(record: Make) -> None:
     assert [line.optimizer for line in lines] == ["adamw", "muon"]
     assert cells(lines[1])[2:4] == ("diverged", "diverged")
     assert "Diverged, at the learning rates given: Muon." in verdict(lines, "loss", True)
-
-
-def test_one_diverged_seed_of_three_is_told(record: Make) -> None:
     runs = [record("soap", [5.0, 1.0 + seed], seed=seed, diverged="nan" if seed == 0 else None) for seed in range(3)]
     (line,) = summarise(runs)
     assert (line.diverged, line.best) == (1, 3.0)  # the median of inf, 2 and 3
     assert cells(line)[0] == "SOAP (1 of 3 diverged)"
-
-
-def test_a_learning_rate_that_diverges_is_not_the_best(record: Make) -> None:
-    (line,) = summarise([record("soap", [5.0, 0.1], lr=1.0, diverged="nan"), record("soap", [5.0, 2.0], lr=0.1)])
-    assert line.lr == 0.1
-
-
-def test_without_adamw_there_is_nothing_to_reach(record: Make) -> None:
-    lines = summarise([record("soap", [5.0, 1.0]), record("muon", [5.0, 2.0])])
-    assert all(line.steps is None for line in lines)
-    assert "AdamW" not in verdict(lines, "loss", True)
 
 
 def test_a_stopped_race_compares_what_all_runs_have(record: Make) -> None:

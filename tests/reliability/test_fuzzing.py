@@ -6,6 +6,7 @@ draws them at random.
 """
 
 import copy
+import functools
 import inspect
 import io
 import math
@@ -215,7 +216,7 @@ SPOILED: dict[str, list[Any]] = {
         *[[0.9, value] for value in [*not_numbers, *NUMBERS, 1, 1.0]],
     ],
     "shampoo_beta": [*not_numbers, math.nan, math.inf, HUGE, 1, 1.0, np.float64("nan")],
-    "eps": [*not_numbers, *NUMBERS, np.float64("nan")],
+    "eps": [*not_numbers, *NUMBERS, np.float64("nan"), 1e39, 1e300],  # no float32 holds the last two
     "weight_decay": [*not_numbers, *NUMBERS, np.float64("nan")],
     "precondition_frequency": [v for v in INTEGER_VALUES if not callable(v)] + [0],
     "adam_warmup_steps": INTEGER_VALUES,
@@ -243,13 +244,8 @@ ALL_SPOILED = [(option, value) for option, values in SPOILED.items() for value i
 
 
 def check_refused_everywhere(option: str, bad: Any, options: dict) -> None:
-    options = {"lr": 0.1, **options}
-    options.pop(option, None)
-    if option == "lr":
-        assert_refused(option, lambda: SOAP([nn.Parameter(torch.ones(2, 3))], **{**options, "lr": bad}))
-        options["lr"] = 0.1
-    else:
-        assert_refused(option, lambda: SOAP([nn.Parameter(torch.ones(2, 3))], **options, **{option: bad}))
+    options = {"lr": 0.1} | {name: value for name, value in options.items() if name != option}
+    assert_refused(option, lambda: SOAP([nn.Parameter(torch.ones(2, 3))], **options | {option: bad}))
     good, other = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3, 2))
     groups = [{"params": [good]}, {"params": [other], option: bad}]
     assert_refused(option, lambda: SOAP(groups, **options))
@@ -299,43 +295,18 @@ def test_one_wrong_value_among_any_valid_options_is_refused(options: dict, spoil
     check_refused_everywhere(option, bad, {**options, "eps": 1e-8})
 
 
-@pytest.mark.parametrize("eps", [1e39, 1e300])
-@pytest.mark.parametrize("use_kl_shampoo", [False, True])
-def test_an_eps_that_float32_cannot_hold_is_refused_or_works(eps: float, use_kl_shampoo: bool) -> None:
-    parameter = nn.Parameter(torch.ones(2, 3))
-    parameter.grad = torch.ones(2, 3)
-    refusal, optimizer = None, SOAP([parameter], lr=0.1)
-    try:
-        optimizer = SOAP([parameter], lr=0.1, eps=eps, use_kl_shampoo=use_kl_shampoo)
-    except ValueError as error:
-        refusal = str(error)
-    assert refusal is None or "Invalid epsilon value" in refusal
-    for _ in range(2):
-        optimizer.step()
-    assert parameter.isfinite().all()
-
-
 class Text(str):
     __slots__ = ()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"lr": np.float64(0.1)},
-        {"betas": (np.float64(0.9), np.float64(0.95))},
-        {"eps": np.float64(1e-8)},
-        {"max_update_rms": np.float64(1.0)},
-        {"nonfinite": Text("skip")},
-        {"weight_decay_method": Text("l2")},
-    ],
-    ids=str,
-)
-def test_subclasses_of_float_and_str_are_accepted_and_the_state_still_loads_with_weights_only(options: dict) -> None:
+def test_subclasses_of_float_and_str_are_accepted_and_the_state_still_loads_with_weights_only() -> None:
     # A sweep over numpy.logspace gives such learning rates.
+    options = {name: np.float64(value) for name, value in {"lr": 0.1, "eps": 1e-8, "max_update_rms": 1.0}.items()}
+    options |= {"betas": (np.float64(0.9), np.float64(0.95))}
+    options |= {"nonfinite": Text("skip"), "weight_decay_method": Text("l2")}
     parameter = nn.Parameter(torch.ones(2, 3))
     parameter.grad = torch.ones(2, 3)
-    optimizer = SOAP([parameter], **{"lr": 0.1, **options})
+    optimizer = SOAP([parameter], **options)
     optimizer.step()
     SOAP([nn.Parameter(torch.ones(2, 3))], lr=0.1).load_state_dict(through_a_file(optimizer.state_dict()))
 
@@ -380,14 +351,7 @@ class Pair:
         assert_same(self.victim, self.twin)
 
 
-PAIRS: dict[str, Pair] = {}
-
-
-def pair(mode: str) -> Pair:
-    """Made once per mode and copied, which is faster."""
-    if mode not in PAIRS:
-        PAIRS[mode] = Pair(mode)
-    return copy.deepcopy(PAIRS[mode])
+made_once = functools.cache(Pair)  # and copied, which is faster
 
 
 def paths(value: Any, here: tuple = ()) -> Iterator[tuple]:
@@ -484,7 +448,7 @@ corruptions = st.lists(
 
 def check_corrupted(mode: str, corruptions: Sequence[tuple[tuple | int, str, int]]) -> str:
     """Loads a corrupted state; "loaded" or "refused"."""
-    both = pair(mode)
+    both = copy.deepcopy(made_once(mode))
     for place, how, number in corruptions:
         every = list(paths(both.saved))
         if not every:
@@ -496,19 +460,18 @@ def check_corrupted(mode: str, corruptions: Sequence[tuple[tuple | int, str, int
             level = by_level[place % len(by_level)]
             path = level[place // len(by_level) % len(level)]
         corrupt(both.saved, path, how, number)
-    refusal = None
     try:
         both.victim.optimizer.load_state_dict(both.saved)
     except (ValueError, TypeError) as error:
         refusal = str(error)
-    if refusal is not None:
-        assert refusal
-        both.assert_untouched()
-        return "refused"
-    both.victim.train(range(30, 33))
-    both.victim.optimizer.load_state_dict(both.victim.optimizer.state_dict())
-    both.victim.train(range(33, 34))
-    return "loaded"
+    else:
+        both.victim.train(range(30, 33))
+        both.victim.optimizer.load_state_dict(both.victim.optimizer.state_dict())
+        both.victim.train(range(33, 34))
+        return "loaded"
+    assert refusal
+    both.assert_untouched()
+    return "refused"
 
 
 @profile(250)
@@ -521,7 +484,7 @@ STEP = ("state", 0, "step")
 REFRESH_STEP = ("state", 0, "refresh_step")
 MUST_BE_REFUSED: dict[str, tuple[tuple, str]] = {
     **{f"{path[-1]} {how}": (path, how) for path in (STEP, REFRESH_STEP, ("state", 0, "skipped_steps")) for how in [
-        "nan", "inf", "minus one", "fraction", "nan tensor", "inf tensor", "negative tensor", "fractional tensor",
+        "nan", "inf", "minus one", "a fraction", "nan tensor", "inf tensor", "negative tensor", "fractional tensor",
         "complex tensor", "meta tensor", "sparse tensor", "true", "huge", "huge tensor"]},
     "refresh_step after step": (REFRESH_STEP, "a thousand"),
     **{f"{key} {how}": (("state", 0, key), how) for key in ("exp_avg", "exp_avg_sq", "GG_0", "Q_1") for how in [
@@ -541,7 +504,6 @@ MUST_BE_REFUSED: dict[str, tuple[tuple, str]] = {
     "an id that is a list": (("param_groups", 0, "params", 1), "a list"),
     "an id of the other group": (("param_groups", 1, "params"), "int list"),
 }  # fmt: skip
-JUNK["fraction"] = JUNK["a fraction"]
 JUNK["a thousand"] = lambda old: torch.tensor(1000.0)
 JUNK["transposed list"] = lambda old: old.tolist()
 JUNK["int list"] = lambda old: [0, *old[1:]]
@@ -557,7 +519,7 @@ def test_a_state_that_cannot_be_is_refused(case: str) -> None:
     "whole", [None, [], ["state", "param_groups"], {}, 5, "state", {"state": {}}, {"param_groups": []}, ("state",)]
 )
 def test_what_is_no_state_dict_is_refused(whole: Any) -> None:
-    both = pair("default")
+    both = copy.deepcopy(made_once("default"))
     with pytest.raises((ValueError, TypeError), match="."):
         both.victim.optimizer.load_state_dict(whole)
     both.assert_untouched()
@@ -634,8 +596,7 @@ lists_spoiled = st.one_of(
 RESIZED = {"shorter": lambda v: v[:-1], "longer": lambda v: [*v, torch.eye(2)], "empty": lambda v: []}
 
 
-def spoil(arguments: dict[str, Any], name: str, how: Any) -> Any:
-    value = arguments[name]
+def spoil(value: list, how: Any) -> Any:
     if isinstance(how, str) and how in RESIZED:
         return RESIZED[how](value)
     if isinstance(how, tuple):
@@ -666,7 +627,7 @@ def test_a_wrong_argument_of_a_documented_function_is_named_and_nothing_is_modif
     if name in BAD_ARGUMENTS:
         bad = data.draw(st.sampled_from(BAD_ARGUMENTS[name]), label="bad")
     else:
-        bad = spoil(arguments, name, data.draw(lists_spoiled, label="bad"))
+        bad = spoil(arguments[name], data.draw(lists_spoiled, label="bad"))
     arguments[name] = bad
     before = [value.clone() for value in flat(arguments)]
     with pytest.raises((ValueError, TypeError)) as caught:

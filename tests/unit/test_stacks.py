@@ -160,6 +160,30 @@ def test_tensors_that_somebody_puts_into_the_state_are_used(how: str) -> None:
     assert not torch.equal(parameters[1], untouched[1])
 
 
+@pytest.mark.parametrize("how", ["cleared", "another dict", "all dicts"])
+def test_a_state_dict_that_somebody_replaces_is_the_state(how: str) -> None:
+    """What a framework puts in place of a parameter's state, or takes away, is what the next step goes on with."""
+    parameters, others = new_parameters(), new_parameters()
+    optimizer, control = SOAP(parameters, lr=0.1), SOAP(others, lr=0.1)
+    for both in ((parameters, optimizer), (others, control)):
+        set_gradients(both[0], 0)
+        both[1].step()
+    if how == "cleared":
+        optimizer.state.clear()
+        control = SOAP(others, lr=0.1)
+    else:
+        chosen = parameters if how == "all dicts" else parameters[1:2]
+        for p in chosen:
+            optimizer.state[p] = {key: value.clone() for key, value in optimizer.state[p].items()}
+    for both in ((parameters, optimizer), (others, control)):
+        set_gradients(both[0], 1)
+        both[1].step()
+    for p, q in zip(parameters, others, strict=True):
+        torch.testing.assert_close(p, q)
+        for key, value in control.state[q].items():
+            torch.testing.assert_close(optimizer.state[p][key], value)
+
+
 def test_saved_files_are_not_larger_than_the_state() -> None:
     parameters = new_parameters()
     optimizer = SOAP(parameters, lr=0.1)

@@ -32,15 +32,13 @@ def check_parameters(groups: Sequence[Mapping[str, Any]], grids: ProcessGrids) -
                 )
         for grid in sharing:
             options.setdefault(grid, []).extend(
-                f"{name}={_plain(value)} in group {number}" for name, value in group.items() if name not in REST
+                f"{name}={_plain(value)} in group {number}"
+                for name, value in group.items()
+                if name not in ("params", "param_names")
             )
     for grid, lines in parameters.items():
         require_same(grid, "parameters", lines)
         require_same(grid, "options", options[grid])
-
-
-#: What a group has besides options.
-REST = ("params", "param_names")
 
 
 def _plain(value: Any) -> str:

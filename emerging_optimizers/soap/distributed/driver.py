@@ -8,7 +8,7 @@ everyone who holds them, or a shard of them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +26,12 @@ from emerging_optimizers.soap.distributed.grid import (
     local_grad,
     local_tensor,
 )
-from emerging_optimizers.soap.distributed.rounds import Group, Job, Round, rounds_of
+from emerging_optimizers.soap.distributed.rounds import Group, Job, Round, Update, rounds_of
 from emerging_optimizers.soap.distributed.state_dicts import share_states
 from emerging_optimizers.soap.due import Schedule
 from emerging_optimizers.soap.incidents import count_skips
 from emerging_optimizers.soap.precision import fp32_matmul_precision, without_autocast
-from emerging_optimizers.soap.stacks import Kind, Member, StackedState, chunks, form_stacks, kind_of
+from emerging_optimizers.soap.stacks import Kind, Member, Run, StackedState, chunks, form_stacks, kind_of
 from emerging_optimizers.soap.state import HOST_KEYS, meta_state
 from emerging_optimizers.soap.step import norms
 
@@ -111,41 +111,36 @@ class SharedParameters:
     def step(self, groups: Sequence[Group], states: States) -> None:
         """Does one step. While a round is computed, the next gradients and the last updates are under way."""
         elsewhere, alone, rounds = self._form(groups, states)
-        schedules = {id(group): Schedule(group) for group in groups}
+        runs: dict[int, list[Run]] = {}
+        for group, stacks in zip(groups, self._stacks, strict=True):
+            schedule = Schedule(group)
+            for stack in stacks:
+                grads = [member.parameter.grad for member in stack.members]
+                runs[id(stack)] = list(stack.runs(grads, group, schedule))
         skipped: list[Tensor] = []
 
-        def updates(stack: StackedState, group: Group, grads: Sequence[Tensor | None], gathered: bool) -> Any:
-            device, ownership = stack.kind.device, self._owned.get(stack.members[0].parameter)
+        def updates(stack: StackedState, grads: Mapping[Tensor, Tensor], gathered: bool) -> Iterator[Update]:
+            ownership = self._owned.get(stack.members[0].parameter)
             norms_of = norms if ownership is None or ownership.owner is not None else _norms_of_shards(ownership.grid)
-            for run in list(stack.runs(grads, group, schedules[id(group)])):
-                with fp32_matmul_precision(group["fp32_matmul_prec"]), without_autocast(device.type):
-                    present = [grad for grad in grads[run.rows] if grad is not None]
+            for run in runs[id(stack)]:
+                with fp32_matmul_precision(run.group["fp32_matmul_prec"]), without_autocast(stack.kind.device.type):
+                    present = [grads[member.parameter] for member in run.members]
                     yield run, *run.update(present, skipped, norms_of, regularized=gathered)
 
+        # From here on something changes.
         if elsewhere:
             torch._foreach_add_(elsewhere, 1)
         if rounds:
             rounds[0].send_gradients()
-        for group, stack in alone:
-            grads = [local_grad(member.parameter) for member in stack.members]
-            for run, update, finite in updates(stack, group, grads, gathered=False):
+        for stack in alone:
+            local = ((member.parameter, local_grad(member.parameter)) for member in stack.members)
+            for run, update, finite in updates(stack, {p: grad for p, grad in local if grad is not None}, False):
                 run.move(update, finite)
         for number, this in enumerate(rounds):
             if number + 1 < len(rounds):
                 rounds[number + 1].send_gradients()
-            whole = this.gradients()
-            this.deliver(
-                [
-                    update
-                    for group, stack in this.stacks
-                    for update in updates(
-                        stack,
-                        group,
-                        [whole.get(member.parameter) for member in stack.members],
-                        gathered=this.grid.shard_group is not None,
-                    )
-                ]
-            )
+            whole, gathered = this.gradients(), this.grid.shard_group is not None
+            this.deliver([update for stack in this.stacks for update in updates(stack, whole, gathered)])
             if number >= 1:
                 rounds[number - 1].finish()
             if number >= 2:
@@ -156,13 +151,11 @@ class SharedParameters:
             last.settle()
         count_skips(skipped)
 
-    def _form(
-        self, groups: Sequence[Group], states: States
-    ) -> tuple[list[Tensor], list[tuple[Group, StackedState]], list[Round]]:
+    def _form(self, groups: Sequence[Group], states: States) -> tuple[list[Tensor], list[StackedState], list[Round]]:
         """The ``step`` of each parameter with a gradient elsewhere; the stacks that need no round; and the rounds."""
         former, self._stacks = self._stacks, []
         steps: list[Tensor] = []
-        alone: list[tuple[Group, StackedState]] = []
+        alone: list[StackedState] = []
         jobs: dict[ProcessGrid, list[list[Job]]] = {}
         own: dict[int, StackedState] = {}
         for number, group in enumerate(groups):
@@ -190,7 +183,7 @@ class SharedParameters:
                 if parameter in self._owned and self._owned[parameter].owner is not None:
                     own[id(parameter)] = stack
                 else:
-                    alone.append((group, stack))
+                    alone.append(stack)
         return steps, alone, [one for grid, per_owner in jobs.items() for one in rounds_of(grid, per_owner, own)]
 
     def _kind_and_held(self, parameter: Tensor, group: Group) -> tuple[Kind, Tensor]:

@@ -25,6 +25,8 @@ from emerging_optimizers.soap.state import working_dtype
 Group = Mapping[str, Any]
 #: A stack to be: parameter group, kind and members.
 Job = tuple[Group, Kind, list[Member]]
+#: Of whom, what is subtracted, and which of them take part.
+Update = tuple[Run, Tensor, Tensor | None]
 
 
 class OwnedParameter:
@@ -53,14 +55,14 @@ class Round:
     Args:
         grid: The processes.
         owned: The parameters that each of them works on in this round.
-        stacks: Those of this process, with their groups.
+        stacks: Those of this process.
     """
 
     def __init__(
         self,
         grid: ProcessGrid,
         owned: Sequence[Sequence[OwnedParameter]],
-        stacks: Sequence[tuple[Group, StackedState]],
+        stacks: Sequence[StackedState],
     ) -> None:
         self.grid, self.stacks = grid, stacks
         self._owned = owned
@@ -110,7 +112,7 @@ class Round:
             whole[one.parameter] = grad
         return whole
 
-    def deliver(self, updates: Sequence[tuple[Run, Tensor, Tensor | None]]) -> None:
+    def deliver(self, updates: Sequence[Update]) -> None:
         """Applies the updates that this process computed, or starts sending them to those who have the weights."""
         grid = self.grid
         if grid.shard_group is None:
@@ -182,7 +184,7 @@ def rounds_of(grid: ProcessGrid, jobs: Sequence[Sequence[Job]], stacks: Mapping[
             [OwnedParameter(group, member.parameter, grid) for group, _, members in some for member in members]
             for some in per_process
         ]
-        here = [(group, stacks[id(members[0].parameter)]) for group, _, members in per_process[grid.rank]]
+        here = [stacks[id(members[0].parameter)] for _, _, members in per_process[grid.rank]]
         yield Round(grid, owned, here)
 
 

@@ -126,6 +126,7 @@ def held_part(value: Any, name: str, key: str, parameter: Tensor, ownership: Own
     )
     whole: Tensor = value
     if is_dtensor(value):
+        # Before any operation on it, which would give it this process's own mesh, if that is equal.
         mesh, placements = value.device_mesh, value.placements
         coordinate = mesh.get_coordinate()
         own = dist.is_initialized() and (coordinate is None or int(mesh.mesh[tuple(coordinate)]) == dist.get_rank())
@@ -136,9 +137,9 @@ def held_part(value: Any, name: str, key: str, parameter: Tensor, ownership: Own
                 "process_group"
             )
         if of_shard and (mesh, placements) == (parameter.device_mesh, parameter.placements):  # type: ignore[attr-defined]
-            shard: Tensor = value.to_local()
+            shard: Tensor = value.detach().to_local()
             return shard
-        whole = value.to(mesh.device_type).full_tensor()  # where its mesh can communicate
+        whole = value.detach().to(mesh.device_type).full_tensor()  # where its mesh can communicate
     if ownership is None:
         return whole
     if of_shard:
