@@ -18,8 +18,8 @@ exclude_patterns = ["_build"]
 # A reference that leads nowhere is a warning, but for those to what these pages do not document.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:class", r"(collections|dist|torch)\..+|DeviceMesh|Tensor"),
-    ("py:class", r"emerging_optimizers\.(health\.monitor\.ScalarWriter|soap\.layout\.Layout)"),
+    ("py:class", r"(collections|dist|torch)\..+|DeviceMesh|ProcessGroup|Tensor"),
+    ("py:class", r"emerging_optimizers\.(health\.monitor\.ScalarWriter|soap\.state\.Layout)"),
 ]
 
 autodoc_member_order = "bysource"

@@ -157,7 +157,7 @@ def plan(
     Example:
         >>> planned = plan(nn.Linear(64, 32), precondition_frequency=10)
         >>> [(row.name, row.reason, row.soap.state_bytes) for row in planned.rows]
-        [('weight', 'axes 0, 1 of 32x64', 57384), ('bias', 'fewer than 2 axes', 272)]
+        [('weight', 'axes 0, 1 of 32x64', 57376), ('bias', 'fewer than 2 axes', 272)]
         >>> planned.totals["adamw"].state_bytes
         16648
     """

@@ -189,7 +189,7 @@ def update_eigenbasis_and_momentum(
         exp_avg_sq: ``V``, (d_1, .., d_N), in the present bases; updated in place, and returned.
         momentum: ``M``, likewise.
         use_eigh: Decompose every time instead of iterating.
-        use_adaptive_criteria: See :func:`get_eigenbasis_qr`.
+        use_adaptive_criteria: See ``get_eigenbasis_qr``.
         adaptive_update_tolerance: The tolerance of that criterion, in [0, 1].
         power_iter_steps: Power steps of the orthogonal iteration, at least 1.
         convert_to_float: Return float32 bases. Otherwise bases have their factor's dtype.
@@ -251,7 +251,7 @@ def get_eigenbasis_eigh(
         kronecker_factor_list: One symmetric (d_k, d_k) factor per axis. Only the lower triangle is read.
         convert_to_float: Return float32. Otherwise bases have their factor's dtype.
         eigenbasis_list: The present bases, needed for the adaptive criterion and kept where no decomposition succeeds.
-        use_adaptive_criteria: See :func:`get_eigenbasis_qr`.
+        use_adaptive_criteria: See ``get_eigenbasis_qr``.
         adaptive_update_tolerance: The tolerance of that criterion, in [0, 1].
         eps: Shift of the diagonal before decomposition, relative to the factor's largest diagonal entry. Default
             1e-7 for float32 (and lower) and 1e-15 for float64.
