@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from emerging_optimizers.soap import SOAP, incidents
-from tests.unit.test_soap import MODES
+from tests.algorithm.test_soap import MODES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, Sequential
 
 from emerging_optimizers.routing import route_parameters
 from emerging_optimizers.soap import SOAP
-from tests.unit.test_soap import MODES, Everything
+from tests.algorithm.test_soap import MODES, Everything
 
 STEPS = 14
 CUTS = (2, 7)  # in a warm-up of 3 steps; in a refresh period of 10 (bases of steps 1 and 11), and half of the way

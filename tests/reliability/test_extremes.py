@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from emerging_optimizers.schedules import LinearFrequency
 from emerging_optimizers.soap import SOAP
-from tests.unit.test_soap import Everything, new_model, train
+from tests.algorithm.test_soap import Everything, new_model, train
 
 MODES: dict[str, dict] = {
     "default": {},

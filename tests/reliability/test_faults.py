@@ -17,7 +17,7 @@ from emerging_optimizers.soap import SOAP, incidents
 from emerging_optimizers.soap.linalg import eigenvectors, orthonormal_columns
 from emerging_optimizers.soap.soap import update_eigenbasis_and_momentum
 from emerging_optimizers.soap.soap_utils import get_eigenbasis_eigh, get_eigenbasis_qr
-from tests.unit.test_soap import COUNTERS, MODES, Everything, new_model, train
+from tests.algorithm.test_soap import COUNTERS, MODES, Everything, new_model, train
 
 #: Every decomposition that the package calls in soap/linalg.py, which these tests make fail; where torch has it, what
 #: calls it, and the incidents' name.

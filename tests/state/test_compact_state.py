@@ -11,9 +11,9 @@ from torch import nn
 from benchmarks.common import PARAMETER_SETS
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.state import meta_state, unpack
-from tests.unit.test_checkpoint import through_a_file, trained
-from tests.unit.test_soap import COUNTERS, MODES, new_model, train
-from tests.unit.test_stacks import new_parameters, set_gradients
+from tests.algorithm.test_soap import COUNTERS, MODES, new_model, train
+from tests.algorithm.test_stacks import new_parameters, set_gradients
+from tests.state.test_checkpoint import through_a_file, trained
 
 COMPACT = {"pack_factors": True, "state_dtype": torch.bfloat16}
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from emerging_optimizers.soap import SOAP, stacks
-from tests.unit.test_soap import MODES, new_model, train
+from tests.algorithm.test_soap import MODES, new_model, train
 
 SHAPES = [(6, 4), (6, 4), (4, 6), (6, 4), (5,), (), (5,), (3, 2, 2), (3, 2, 2), (6, 4), (0, 4), (1, 7)]
 

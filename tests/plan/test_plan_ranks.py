@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 def test_every_ranks_bytes_equal_those_of_the_real_state_and_weights(tmp_path: Path) -> None:
-    command = [sys.executable, "tests/unit/plan_worker.py", str(tmp_path)]
+    command = [sys.executable, "tests/plan/plan_worker.py", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -19,8 +19,8 @@ from torch import Tensor
 from emerging_optimizers.soap import SOAP
 from emerging_optimizers.soap.due import refresh_offsets
 from emerging_optimizers.soap.state import layout_for, unpack
+from tests.algorithm.pairwise import all_pairs, covered_pairs, pairwise_design
 from tests.oracle import OracleSOAP, preconditioned_axes, working_shape
-from tests.unit.pairwise import all_pairs, covered_pairs, pairwise_design
 
 STEPS = 30
 LR = 0.05

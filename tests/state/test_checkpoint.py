@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from emerging_optimizers.schedules import LinearFrequency
 from emerging_optimizers.soap import SOAP
-from tests.unit.test_soap import MODES, Everything, new_model, train
+from tests.algorithm.test_soap import MODES, Everything, new_model, train
 
 
 def through_a_file(state: dict) -> dict:
