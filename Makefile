@@ -11,7 +11,7 @@ INSTRUCTIONS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-everywhere lint types docs links doctest audit bench races clean
+.PHONY: help demo tables test test-everywhere lint types docs links doctest audit bench races clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name what; do \
@@ -40,6 +40,9 @@ types: $(READY)  ## check types (mypy, strict on the package)
 docs: $(READY)  ## build the documentation into docs/_build; a warning is an error
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
 	@echo "documentation: docs/_build/index.html"
+
+tables: $(READY)  ## write the tables of the pages, from the code and from benchmarks/results
+	$(BIN)/python tools/tables.py
 
 links: docs  ## check the links within the documentation and the Markdown files (no network)
 	$(BIN)/python tools/links.py docs/_build
