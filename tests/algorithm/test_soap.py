@@ -422,10 +422,10 @@ def test_a_step_never_modifies_gradients_and_returns_the_closures_loss() -> None
     assert parameter.sum() > 12, "maximize goes up the gradient"
 
 
-@pytest.mark.parametrize("lr", [torch.tensor(0.05), torch.tensor([0.05])])
+@pytest.mark.parametrize("lr", [torch.tensor(2.0**-4), torch.tensor([2.0**-4])])  # the same number in float32
 def test_a_tensor_learning_rate_is_read_at_every_step(lr: Tensor) -> None:
     trajectories = []
-    for rate in (0.05, lr):
+    for rate in (2.0**-4, lr):
         model = new_model().double()
         optimizer = SOAP(model.parameters(), lr=rate, weight_decay=0.1)
         train(optimizer, model, 3)
