@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emerging_optimizers.soap.linalg import project, project_back, rayleigh_quotients, sorted_eigenvectors
+from emerging_optimizers.soap.linalg import Stack, project, project_back, rayleigh_quotients, sorted_eigenvectors
 from emerging_optimizers.soap.precision import without_autocast
 from emerging_optimizers.soap.refresh import basis_holds, new_bases, refresh
 from emerging_optimizers.soap.state import working_dtype
-from emerging_optimizers.soap.step import Stack, add_grams, add_whitened_grams
+from emerging_optimizers.soap.step import add_grams, add_whitened_grams
 
 PROJECT = [[0], [0]]
 PROJECT_BACK = [[0], [1]]

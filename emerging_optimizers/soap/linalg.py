@@ -1,4 +1,4 @@
-"""The linear algebra of a step, on stacks: products with factors and bases, and decompositions that never stop a run.
+"""What a step works on, stacks, and their linear algebra: products with bases, decompositions that never stop a run.
 
 Conventions. A stack of B tensors is (B, d_1, .., d_N). Axis numbers count a tensor's own axes from 0. A Kronecker
 factor ``K_k`` and an eigenbasis ``Q_k`` are (B, d_k, d_k); an axis without them has the identity for a basis. Columns
@@ -9,6 +9,7 @@ device would mean waiting for it, nothing is decided on the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,40 @@ from emerging_optimizers.soap.precision import fp32_matmul_precision
 
 #: Diagonal shift before an eigendecomposition, relative to the largest diagonal entry.
 EIGH_SHIFT = {torch.float32: 1e-7, torch.float64: 1e-15}
+
+
+@dataclass
+class Stack:
+    """The state of B equal tensors, as a step works on it: in the working dtype, changed in place.
+
+    Attributes:
+        step: The steps that they have done.
+        based: Whether any of them has an eigenbasis; without one ``Q`` is the identity.
+        M, V: First and second moment, (B, d_1, .., d_N), in the bases.
+        K, Q: Kronecker factor and eigenbasis of each preconditioned axis, (B, d_k, d_k).
+        refresh_step: (B,), the value of ``step`` after the last refresh that was due; empty where no axis has a factor.
+        failed: (B,), how many refreshes kept the last good basis; empty where no axis has a factor.
+    """
+
+    step: int
+    based: bool
+    M: Tensor
+    V: Tensor
+    K: dict[int, Tensor]
+    Q: dict[int, Tensor]
+    refresh_step: Tensor
+    failed: Tensor
+
+    def __getitem__(self, rows: slice) -> Stack:
+        """Some of the tensors, as views."""
+        K, Q = ({axis: matrices[rows] for axis, matrices in several.items()} for several in (self.K, self.Q))
+        counters = (self.refresh_step[rows], self.failed[rows])
+        return Stack(self.step, self.based, self.M[rows], self.V[rows], K, Q, *counters)
+
+    @property
+    def bases(self) -> dict[int, Tensor]:
+        """The eigenbases that there are."""
+        return self.Q if self.based else {}
 
 
 def along(values: Tensor, like: Tensor, axis: int | None = None) -> Tensor:

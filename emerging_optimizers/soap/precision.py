@@ -31,9 +31,6 @@ class fp32_matmul_precision:  # noqa: N801 - used as a function, like contextlib
         precision: "highest" (IEEE float32), "high" (TensorFloat-32 where the device has it) or "medium"
             (bfloat16 products on CPUs that have them).
 
-    Raises:
-        ValueError: ``precision`` is none of these.
-
     Example:
         >>> with fp32_matmul_precision("highest"):
         ...     product = torch.eye(2) @ torch.eye(2)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import expm1, log
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from emerging_optimizers.soap.linalg import (
+    Stack,
     along,
     largest_diagonal,
     orthonormal_columns,
@@ -20,9 +21,6 @@ from emerging_optimizers.soap.linalg import (
     where_stacked,
 )
 from emerging_optimizers.soap.precision import fp32_matmul_precision
-
-if TYPE_CHECKING:
-    from emerging_optimizers.soap.step import Stack
 
 
 def refresh(s: Stack, axes: Sequence[int], o: Mapping[str, Any], finite: Tensor | None = None) -> None:

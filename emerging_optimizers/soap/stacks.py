@@ -22,10 +22,10 @@ from torch import Tensor
 from emerging_optimizers.mixin import WeightDecayMixin, scalar_lr
 from emerging_optimizers.soap.due import Due, Schedule
 from emerging_optimizers.soap.incidents import report_skipped_gradient
-from emerging_optimizers.soap.linalg import where_stacked
+from emerging_optimizers.soap.linalg import Stack, where_stacked
 from emerging_optimizers.soap.options import name_of
 from emerging_optimizers.soap.state import Layout, layout_of, new_state, pack, unpack, working_dtype
-from emerging_optimizers.soap.step import Stack, norms, soap_step
+from emerging_optimizers.soap.step import norms, soap_step
 
 #: A stack of several parameters has at most this many elements per state tensor, which bounds the memory of a step.
 MOST_ELEMENTS = 2**22

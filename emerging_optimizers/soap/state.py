@@ -63,8 +63,6 @@ def merge_axes(shape: Sequence[int], max_precond_dim: int) -> tuple[int, ...]:
     to a single axis would turn a small convolution into a vector, which is not preconditioned at all.
 
     Example:
-        >>> merge_axes((16, 8, 3, 3), 10000)
-        (16, 72)
         >>> merge_axes((16, 8, 3, 3), 50)
         (16, 8, 9)
     """

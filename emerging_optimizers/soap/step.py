@@ -12,51 +12,22 @@ which is zero. It is None where nothing needs to be held back.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emerging_optimizers.soap.linalg import along, project, project_back, rayleigh_quotients, unfold, where_stacked
+from emerging_optimizers.soap.linalg import (
+    Stack,
+    along,
+    project,
+    project_back,
+    rayleigh_quotients,
+    unfold,
+    where_stacked,
+)
 from emerging_optimizers.soap.refresh import first_bases, refresh
-
-
-@dataclass
-class Stack:
-    """The state of B equal tensors, as a step works on it: in the working dtype, changed in place.
-
-    Attributes:
-        step: The steps that they have done.
-        based: Whether any of them has an eigenbasis; without one ``Q`` is the identity.
-        M: First moment, (B, d_1, .., d_N), in the bases.
-        V: Second moment, likewise.
-        K: Kronecker factor of each preconditioned axis, (B, d_k, d_k).
-        Q: Eigenbasis of each preconditioned axis, likewise.
-        refresh_step: (B,), the value of ``step`` after the last refresh that was due; empty where no axis has a factor.
-        failed: (B,), how many refreshes kept the last good basis; empty where no axis has a factor.
-    """
-
-    step: int
-    based: bool
-    M: Tensor
-    V: Tensor
-    K: dict[int, Tensor]
-    Q: dict[int, Tensor]
-    refresh_step: Tensor
-    failed: Tensor
-
-    def __getitem__(self, rows: slice) -> Stack:
-        """Some of the tensors, as views."""
-        K, Q = ({axis: matrices[rows] for axis, matrices in several.items()} for several in (self.K, self.Q))
-        counters = (self.refresh_step[rows], self.failed[rows])
-        return Stack(self.step, self.based, self.M[rows], self.V[rows], K, Q, *counters)
-
-    @property
-    def bases(self) -> dict[int, Tensor]:
-        """The eigenbases that there are."""
-        return self.Q if self.based else {}
 
 
 def norms(stack: Tensor) -> Tensor:
