@@ -298,10 +298,10 @@ def save_asynchronously(placement: str, folder: Path) -> Outcome:
     path = folder / f"async-{placement}"
     # A group of its own: the saving thread's messages must not meet the steps'.
     future = dcp.async_save({"model": model, "optim": optim}, checkpoint_id=path, process_group=dist.new_group())
-    end = run.end()
-    future.result()
+    run.step(STEPS)
+    future.result()  # before whole tensors are asked for: torch's functional collectives are not for two threads
     again = load(path, placement, CUTS[1])
-    return {"at cut": at_cut, "loaded": again.state(), "end": end, "resumed": again.end()}
+    return {"at cut": at_cut, "loaded": again.state(), "end": run.end(), "resumed": again.end()}
 
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
